@@ -1,0 +1,40 @@
+"""What every test stands on: one thread, no Hub, fixed seeds, and the real model."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+hypothesis.settings.register_profile("fms", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fms")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no GPU")
+    if item.get_closest_marker("peer") and not os.environ.get("FMS_PEER_PYTHON"):
+        pytest.skip("FMS_PEER_PYTHON names no Python that has the existing FMS")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a GGUF file; fetched once, by whichever test process comes first."""
+    import dev
+
+    return dev.fetch_smollm2(sys.executable)
