@@ -1,0 +1,87 @@
+"""From a checkpoint into a model that was described on the meta device."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from fms.utils.serialization.checkpoint import Checkpoint
+from fms.utils.serialization.errors import CheckpointError, nearest
+from fms.utils.serialization.readers import Reader
+from fms.utils.serialization.tables import Part
+
+READERS = 2  # threads: one waits for the disk while another converts
+
+
+def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[str, Part]:
+    """Where each parameter comes from. Reads no weights.
+
+    Raises one `CheckpointError` that names every key that no rule takes, every parameter that nothing fills and every
+    wrong shape; with `strict=False` only for the shapes.
+    """
+    parts, unknown = checkpoint.parts(model.config)
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wanted = {name: p.shape for name, p in model.named_parameters()}  # of a tied pair the first
+    reader = checkpoint.reader
+    wrong = [
+        f"{name}: {parts[name].key} has shape {list(got)}, the model wants {list(shape)}"
+        for name, shape in wanted.items()
+        if name in parts and (got := parts[name].shape(reader)) != tuple(shape)
+    ]
+    if strict:
+        extra = [*unknown, *(part.key for name, part in parts.items() if name not in aliases)]
+        missing = [name for name in wanted if name not in parts]
+        wrong += [f"{key}: the model has no place for it" for key in extra]
+        wrong += [f"{name}: nothing in the checkpoint fills it{nearest(name, extra)}" for name in missing]
+    if wrong:
+        shown = wrong[:20] + ([f"and {len(wrong) - 20} more"] if len(wrong) > 20 else [])
+        raise CheckpointError("\n  ".join([f"{checkpoint.path} does not fit the model:", *shown]))
+    return {name: parts[name] for name in wanted if name in parts}
+
+
+def fill(
+    model: nn.Module,
+    parts: Mapping[str, Part],
+    reader: Reader,
+    dtype: torch.dtype,
+    device: torch.device,
+    finite: bool = False,
+) -> None:
+    """Give each parameter its tensor. Extra memory is that of the few tensors in flight.
+
+    `finite` raises `CheckpointError` naming the tensors that hold NaN or infinity.
+    """
+
+    def read(part: Part) -> Tensor:
+        return part.read(reader).to(device, dtype)
+
+    bad = []
+    with ThreadPoolExecutor(READERS) as pool:
+        for name, tensor in _in_order(pool, read, parts):
+            if finite and not tensor.isfinite().all():
+                bad.append(f"{name} (from {parts[name].key})")
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    if bad:
+        raise CheckpointError(f"not finite: {', '.join(bad)}")
+
+
+def _in_order(pool: ThreadPoolExecutor, read, parts: Mapping[str, Part]):
+    """Pairs of name and tensor, at most `READERS` of them read ahead."""
+    waiting: list = []
+    for name, part in parts.items():
+        waiting.append((name, pool.submit(read, part)))
+        if len(waiting) > READERS:
+            first, future = waiting.pop(0)
+            yield first, future.result()
+    for name, future in waiting:
+        yield name, future.result()
+
+
+def common_dtype(parts: Mapping[str, Part], reader: Reader, device: torch.device) -> torch.dtype:
+    """The checkpoint's own type: of its first floating tensor; GGUF becomes fp32 on a CPU, bf16 elsewhere."""
+    if reader.files[0].suffix == ".gguf":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    kinds: Sequence[torch.dtype] = [reader.dtype(part.key) for part in parts.values()]
+    return next(kind for kind in kinds if kind.is_floating_point)
