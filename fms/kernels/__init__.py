@@ -1,0 +1,1 @@
+"""Operations of a frozen block, one file each."""

@@ -1,0 +1,81 @@
+"""{rotary + cache write + attention}: from projected heads to their weighted values."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Angles = tuple[Tensor, Tensor]  # cos, sin: (b or 1, s, 1, head_dim); the first half of sin is negated
+
+
+class LayerCache(Protocol):
+    """One layer's keys and values: takes the new ones, (b, kvheads, s, head_dim), and returns all to attend to."""
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Rotate heads `x` (b, s, heads, head_dim): channel i with i + head_dim / 2, computed in fp32."""
+    cos, sin = angles
+    a, b = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin).type_as(x)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Angles | None,
+    mask: Tensor | None,
+    layer: LayerCache | None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of q (b, s, heads, d) over k and v (b, s, kvheads, d) and what `layer` holds: (b, s, heads * d).
+
+    `mask` broadcasts to (b, heads, s, kv): bool, where True takes part, or a float that is added. `None` is causal.
+    """
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
+    return _weigh(q, k, v, mask, layer, scale, dropout)
+
+
+def attend_packed(
+    qkv: Tensor,
+    kvheads: int,
+    head_dim: int,
+    angles: Angles | None,
+    mask: Tensor | None,
+    layer: LayerCache | None,
+    scale: float | None = None,
+) -> Tensor:
+    """`attend` on what a fused projection gives, (b, s, (heads + 2 kvheads) * d): query, key and value heads."""
+    qk, v = qkv.unflatten(-1, (-1, head_dim)).tensor_split((-kvheads,), dim=2)
+    if angles is not None:
+        qk = rotate(qk, angles)
+    q, k = qk.tensor_split((-kvheads,), dim=2)
+    return _weigh(q, k, v, mask, layer, scale)
+
+
+def _weigh(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: LayerCache | None,
+    scale: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    b, s, heads, d = q.shape
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # b h s d
+    if layer is not None:
+        k, v = layer.update(k, v)
+    if s == 1 and (mask is None or mask.shape[-3:-1] == (1, 1)):
+        # one token: the heads of a group read the same keys, so they are rows of one product and nothing is repeated
+        out = F.scaled_dot_product_attention(q.reshape(b, k.shape[1], -1, d), k, v, mask, dropout, scale=scale)
+        return out.reshape(b, 1, heads * d)
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != heads
+    )
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,93 @@
+"""Models by name: `get_model("llama", "7b", path)`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fms.models import granite, llama  # noqa: F401  (they register themselves)
+from fms.models.decoder import Decoder
+from fms.models.freeze import freeze
+from fms.models.registry import build, describe, list_models, list_variants, register_model
+from fms.utils.devices import device_of, dtype_of
+from fms.utils.serialization.checkpoint import Checkpoint, open_checkpoint
+from fms.utils.serialization.errors import CheckpointError, nearest
+from fms.utils.serialization.generation_config import generation_defaults
+from fms.utils.serialization.loading import common_dtype, fill, plan
+
+__all__ = ["Decoder", "freeze", "get_model", "list_models", "list_variants", "register_model"]
+
+STRATEGIES = ("none",)
+
+
+def get_model(
+    architecture: str | None = None,
+    variant: str | None = None,
+    model_path: str | Path | None = None,
+    source: str | None = None,
+    device_type: str = "cpu",
+    data_type: str | torch.dtype | None = None,
+    distributed_strategy: str | None = None,
+    *,
+    strict: bool = True,
+    check_finite: bool = False,
+    **overrides: Any,
+) -> nn.Module:
+    """A model that can be trained, with random weights or a checkpoint's. `freeze` makes it the inference form.
+
+    `model_path` is a file, a directory or a Hub id; what it says of itself (format, architecture, configuration) need
+    not be given: `get_model(model_path=DIR)` is enough. `source` is the format, where it can't be told. `data_type`
+    defaults to the checkpoint's own (GGUF: fp32 on a CPU, bf16 on a GPU), or to torch's default. `strict=False` leaves
+    out what the checkpoint has too much or too little. `check_finite` looks for NaN and infinity. `overrides` are
+    fields of the configuration. Raises `ValueError` or `KeyError` for what is not known, naming the nearest choice.
+    """
+    if distributed_strategy not in (None, "", *STRATEGIES):
+        raise ValueError(
+            f"distributed_strategy={distributed_strategy!r} is not known{nearest(distributed_strategy, STRATEGIES)}; "
+            f"there is {', '.join(STRATEGIES)}"
+        )
+    device, dtype = device_of(device_type), dtype_of(data_type)
+    if model_path is None:
+        if architecture is None:
+            raise ValueError("give an architecture (and a variant), or a model_path that tells")
+        if source is not None:
+            raise ValueError(f"source={source!r} is the format of a model_path, and there is none")
+        with torch.device("meta"):
+            model = build(architecture, variant or list_variants(architecture)[0], overrides)
+        model.to(dtype or torch.get_default_dtype()).to_empty(device=device)
+        model.tie_weights()
+        model.reset_parameters()
+        return model
+
+    if architecture is not None:
+        list_variants(architecture)
+    checkpoint = open_checkpoint(model_path, source, architecture)
+    with torch.device("meta"):
+        model = describe(checkpoint, variant, overrides)
+    try:
+        parts = plan(model, checkpoint, strict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_fitting(checkpoint)}") from None
+    dtype = dtype or common_dtype(parts, checkpoint.reader, device)
+    if len(parts) < len(list(model.parameters())):  # not strict: what nothing fills is random
+        model.to(dtype).to_empty(device=device)
+        model.reset_parameters()
+    fill(model, parts, checkpoint.reader, dtype, device, check_finite)
+    model.tie_weights()
+    model.generation_defaults = generation_defaults(checkpoint)
+    return model
+
+
+def _fitting(checkpoint: Checkpoint) -> str:
+    """Which variants this checkpoint would fit, as the end of an error."""
+    fit = []
+    for variant in list_variants(checkpoint.architecture):
+        with torch.device("meta"):
+            model = build(checkpoint.architecture, variant, {})
+        try:
+            plan(model, checkpoint)
+        except CheckpointError:
+            continue
+        fit.append(variant)
+    return f"\n  it fits {checkpoint.architecture} {', '.join(fit)}" if fit else ""

@@ -1,0 +1,207 @@
+"""Checkpoints from one format to another, saved from a model, and looked over."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fms.models.registry import describe
+from fms.utils.devices import dtype_of
+from fms.utils.serialization.checkpoint import OWN_VERSION, Checkpoint, open_checkpoint
+from fms.utils.serialization.errors import CheckpointError, nearest
+from fms.utils.serialization.generation_config import FILE, generation_defaults
+from fms.utils.serialization.loading import common_dtype, plan
+from fms.utils.serialization.sources import get_source, list_sources
+from fms.utils.serialization.tables import Part, entries
+from fms.utils.serialization.writers import (
+    MANIFEST,
+    Entry,
+    Progress,
+    verify_manifest,
+    write_manifest,
+    write_pickle,
+    write_safetensors,
+    writing,
+)
+from fms.utils.tokenizers import BaseTokenizer, get_tokenizer
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("hf", "meta", "fms", "own")
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    source: str | None = None,
+    architecture: str | None = None,
+    variant: str | None = None,
+    data_type: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the checkpoint `path` as the directory `out` in the format `to`, with its tokenizer, one tensor at a time.
+
+    Values are the same bit for bit unless `data_type` changes them. Returns the directory, which appears whole or not
+    at all. Raises `CheckpointError` if the format can't hold the model, `ValueError` if `out` is not empty.
+    """
+    checkpoint = open_checkpoint(path, source, architecture)
+    with torch.device("meta"):
+        model = describe(checkpoint, variant, {})
+    parts = plan(model, checkpoint)
+    reader = checkpoint.reader
+    dtype = dtype_of(data_type)
+    if dtype is None and checkpoint.source == "gguf":
+        dtype = common_dtype(parts, reader, torch.device("cpu"))
+
+    def entry(name: str, part: Part) -> Entry:
+        kind = dtype or reader.dtype(part.key)
+        return Entry(name, part.shape(reader), kind, lambda: part.read(reader).to(kind))
+
+    state = [entry(name, part) for name, part in parts.items()]
+    tokenizer = _tokenizer(checkpoint.path)
+    return _write(model, state, out, to, generation_defaults(checkpoint), tokenizer, overwrite, progress)
+
+
+def save_model(
+    model: Any,
+    out: str | Path,
+    to: str = "own",
+    *,
+    tokenizer: BaseTokenizer | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a model, frozen or not, as the directory `out` in the format `to`; `get_model(model_path=out)` reads it."""
+    state = [Entry(n, tuple(p.shape), p.dtype, partial(Tensor.detach, p)) for n, p in model.named_parameters()]
+    return _write(model, state, out, to, getattr(model, "generation_defaults", {}), tokenizer, overwrite, progress)
+
+
+def validate(
+    path: str | Path,
+    *,
+    source: str | None = None,
+    architecture: str | None = None,
+    variant: str | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """What is wrong with a checkpoint, a line each: its files against their manifest, its configuration, names and
+    shapes, values that are not finite, a tokenizer that does not fit. Reads everything; empty means good."""
+    problems: list[str] = []
+    given = Path(path).expanduser()
+    if (given / MANIFEST).is_file():
+        problems += verify_manifest(given)
+    try:
+        checkpoint = open_checkpoint(path, source, architecture)
+        with torch.device("meta"):
+            model = describe(checkpoint, variant, {})
+        parts = plan(model, checkpoint)
+        generation_defaults(checkpoint)
+    except (CheckpointError, KeyError) as error:
+        return [*problems, *str(error).split("\n  ")]
+    problems += _not_finite(checkpoint, parts, progress)
+    tokenizer = _tokenizer(checkpoint.path)
+    if tokenizer is not None and tokenizer.vocab_size() > (size := model.config.src_vocab_size):
+        problems.append(f"the tokenizer has {tokenizer.vocab_size()} tokens, the model's vocabulary {size}")
+    return problems
+
+
+def _not_finite(checkpoint: Checkpoint, parts: Mapping[str, Part], progress: Progress | None) -> Iterator[str]:
+    reader = checkpoint.reader
+    total = sum(_nbytes(part, checkpoint) for part in parts.values())
+    done = 0
+    for part in parts.values():
+        tensor = part.read(reader)
+        if bad := int((~tensor.isfinite()).sum()):
+            yield f"{part.key}: {bad} of {tensor.numel()} values are NaN or infinite"
+        done += _nbytes(part, checkpoint)
+        if progress:
+            progress(done, total)
+
+
+def _nbytes(part: Part, checkpoint: Checkpoint) -> int:
+    return torch.Size(part.shape(checkpoint.reader)).numel() * checkpoint.reader.dtype(part.key).itemsize
+
+
+def _write(
+    model: Any,
+    state: list[Entry],
+    out: str | Path,
+    to: str,
+    defaults: Mapping[str, Any],
+    tokenizer: BaseTokenizer | None,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Path:
+    architecture, config = model.architecture, model.config
+    known = [name for name in FORMATS if name in list_sources(architecture)]
+    if to not in known:
+        raise ValueError(f"{architecture} can't be written as {to!r}{nearest(to, known)}, only as {', '.join(known)}")
+    if to == "own":
+        settings: dict[str, Any] = {
+            "format": "fms",
+            "version": OWN_VERSION,
+            "architecture": architecture,
+            "config": config.as_dict(),
+        }
+    else:
+        target = get_source(architecture, to)
+        if to == "fms" and config.tie_heads:  # the existing FMS keeps both names of a tied pair
+            state = [*state, next(e for e in state if e.name == "embedding.weight")._replace(name="head.weight")]
+        state = entries(target.rules, state, config)
+        settings = target.config.write(config) if target.config else {}
+    if to == "hf":
+        dtype = str(state[0].dtype).removeprefix("torch.")
+        settings |= {"torch_dtype": dtype, "dtype": dtype}
+        settings |= {name: defaults[name] for name in ("eos_token_id",) if name in defaults}
+    state = _counted(state, progress)
+    with writing(out, overwrite) as directory:
+        if to == "meta":
+            write_pickle(directory / "consolidated.00.pth", state)
+        else:
+            write_safetensors(directory, state)
+        if settings:
+            _dump(directory / ("params.json" if to == "meta" else "config.json"), settings)
+        if defaults and to in ("hf", "own"):
+            _dump(directory / FILE, dict(defaults))
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        write_manifest(directory)
+    return Path(out).expanduser()
+
+
+def _counted(state: list[Entry], progress: Progress | None) -> list[Entry]:
+    """The same, telling `progress` of each tensor that is made."""
+    if progress is None:
+        return state
+    total, done = sum(entry.nbytes for entry in state), 0
+
+    def counting(entry: Entry) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            nonlocal done
+            done += entry.nbytes
+            progress(done, total)
+            return entry.make()
+
+        return make
+
+    return [entry._replace(make=counting(entry)) for entry in state]
+
+
+def _tokenizer(path: Path) -> BaseTokenizer | None:
+    try:
+        return get_tokenizer(path)
+    except ValueError as error:
+        log.info("no tokenizer to carry along: %s", error)
+        return None
+
+
+def _dump(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")

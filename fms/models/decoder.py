@@ -1,0 +1,109 @@
+"""The one causal decoder. A family chooses its parts; none rewrites its forward."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fms.modules.cache import Cache, Recompute, StaticCache
+from fms.modules.head import Head
+from fms.modules.positions import Rope
+from fms.utils.config import DecoderConfig
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, a last norm, a head.
+
+    `model(input_ids)` gives logits (b, s, vocabulary), `model.hidden(...)` the states (b, s, emb_dim) before the head.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        embedding: nn.Embedding,
+        layers: Iterable[nn.Module],
+        dec_norm: nn.Module,
+        head: Head,
+        rope: Rope | None = None,
+        embedding_multiplier: float = 1.0,
+    ):
+        super().__init__()
+        self.config, self.rope, self.embedding_multiplier = config, rope, embedding_multiplier
+        self.embedding = embedding
+        self.layers = nn.ModuleList(layers)
+        self.dec_norm = dec_norm
+        self.head = head
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter again, where the configuration says so: after anything that replaces
+        parameters."""
+        if self.config.tie_heads:
+            self.head.weight = self.embedding.weight
+
+    def make_cache(self, batch: int, max_len: int) -> StaticCache:
+        """An empty cache for `batch` rows of at most `max_len` tokens."""
+        self._check_length(max_len)
+        weight, c = self.embedding.weight, self.config
+        return StaticCache(batch, max_len, c.nlayers, c.kvheads, c.head_dim, weight.dtype, weight.device)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """States after the last norm, (b, s, emb_dim), of token ids (b, s) or of embeddings (b, s, emb_dim).
+
+        `mask`: True (or 0.0) where a query may look, broadcasting to (b, heads, s, kv) or of shape (b, s, kv); causal
+        without one. `position_ids` (b or 1, s) default to the place in the sequence.
+        """
+        s = input_ids.shape[1]
+        self._check_length(s)
+        if cache is None:
+            cache = Recompute(len(self.layers), s, input_ids.device)
+        positions, implied = cache.advance(s)
+        if position_ids is not None:
+            positions = position_ids
+        mask = implied if mask is None else mask[:, None] if mask.dim() == 3 else mask
+
+        x = input_ids if input_ids.is_floating_point() else self.embedding(input_ids)
+        if self.embedding_multiplier != 1:
+            x = x * self.embedding_multiplier
+        angles = self.rope(positions, cache.span) if self.rope else None
+        for block, layer in zip(self.layers, cache.layers, strict=True):
+            x = block(x, angles, mask, layer)
+        return self.dec_norm(x)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        last_n_tokens: int = 0,
+    ) -> Tensor:
+        """Logits (b, s, vocabulary), or of the last `last_n_tokens` positions only. Arguments as for `hidden`."""
+        h = self.hidden(input_ids, position_ids=position_ids, mask=mask, cache=cache)
+        return self.head(h[:, -last_n_tokens:])
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill with random weights: normal of standard deviation 0.02, norms one, biases zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                nn.init.ones_(module.weight)
+            if (bias := getattr(module, "bias", None)) is not None:
+                nn.init.zeros_(bias)
+
+    def _check_length(self, n: int) -> None:
+        if n > self.config.max_positions:
+            raise ValueError(
+                f"{n} positions are more than the {self.config.max_positions} that this model was made for "
+                f"(max_expected_seq_len={self.config.max_expected_seq_len})"
+            )

@@ -1,0 +1,23 @@
+"""The inference form of a model."""
+
+from torch import nn
+
+from fms.models.decoder import Decoder
+from fms.modules.block import Block
+from fms.modules.frozen import FrozenBlock
+
+
+def freeze(model: Decoder) -> Decoder:
+    """Replace each block by its frozen form, in place, and turn gradients and dropout off. Returns the model.
+
+    Parameters and `state_dict()` keep their names. Freezing twice does nothing more.
+    """
+    for i, block in enumerate(model.layers):
+        if isinstance(block, Block):
+            model.layers[i] = FrozenBlock(block)
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def is_frozen(model: nn.Module) -> bool:
+    return any(isinstance(module, FrozenBlock) for module in model.modules())

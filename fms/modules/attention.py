@@ -1,0 +1,35 @@
+"""Grouped-query attention."""
+
+from torch import Tensor, nn
+
+from fms.kernels.attend import Angles, LayerCache, attend
+
+
+class Attention(nn.Module):
+    """Causal attention whose query heads share key and value heads in groups (Ainslie et al. 2023, arXiv 2305.13245).
+
+    `kvheads` of `nheads` is multi-head attention, 1 is multi-query. `scale` multiplies the scores, 1 / sqrt(head_dim)
+    where it is `None`; `dropout` is that of the weights, in training only.
+    """
+
+    def __init__(
+        self,
+        emb_dim: int,
+        nheads: int,
+        kvheads: int,
+        head_dim: int,
+        bias: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.kvheads, self.head_dim, self.scale, self.dropout = kvheads, head_dim, scale, dropout
+        self.query = nn.Linear(emb_dim, nheads * head_dim, bias=bias)
+        self.key = nn.Linear(emb_dim, kvheads * head_dim, bias=bias)
+        self.value = nn.Linear(emb_dim, kvheads * head_dim, bias=bias)
+        self.dense = nn.Linear(nheads * head_dim, emb_dim, bias=bias)
+
+    def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, layer: LayerCache | None) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))  # b s h d
+        dropout = self.dropout if self.training else 0.0
+        return self.dense(attend(q, k, v, angles, mask, layer, self.scale, dropout))

@@ -1,0 +1,20 @@
+"""The pre-norm residual block, in the form that is read, trained and tuned."""
+
+from torch import Tensor, nn
+
+from fms.kernels.attend import Angles, LayerCache
+from fms.modules.attention import Attention
+
+
+class Block(nn.Module):
+    """`x + scale * attn(ln(x))`, then `x + scale * ff(ff_ln(x))`."""
+
+    def __init__(self, ln: nn.Module, attn: Attention, ff_ln: nn.Module, ff: nn.Module, scale: float = 1.0):
+        super().__init__()
+        self.ln, self.attn, self.ff_ln, self.ff, self.scale = ln, attn, ff_ln, ff, scale
+
+    def forward(
+        self, x: Tensor, angles: Angles | None, mask: Tensor | None = None, layer: LayerCache | None = None
+    ) -> Tensor:
+        x = x + self.scale * self.attn(self.ln(x), angles, mask, layer)
+        return x + self.scale * self.ff(self.ff_ln(x))

@@ -1,0 +1,112 @@
+"""Keys and values of tokens already seen. State is an argument: a model holds none of it.
+
+The contract that a model relies on: `cache.advance(n)` makes room for n more tokens a row and returns their positions
+(1 or b, n) and the mask they need (None: causal among themselves with nothing before, or a single token that sees all);
+`cache.layers[i].update(k, v)` stores the new keys and values (b, kvheads, n, head_dim) and returns all to attend to;
+`cache.span` is how long the sequences may get, an int or one a row (b, 1), for rotary frequencies that depend on it, or
+`None` where that is not known.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fms.kernels.attend import LayerCache
+
+
+class Cache(Protocol):
+    @property
+    def layers(self) -> Sequence[LayerCache | None]: ...
+    @property
+    def span(self) -> int | Tensor | None: ...
+    def advance(self, n: int) -> tuple[Tensor, Tensor | None]: ...
+
+
+class StaticLayer:
+    """One layer's buffers, (b, kvheads, max_len, head_dim)."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.first = self.end = 0
+        self.slots: tuple[Tensor, Tensor] | None = None  # rows (b, 1) and their slots (b, n), where rows differ
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.slots is None:
+            self.k[:, :, self.first : self.end] = k
+            self.v[:, :, self.first : self.end] = v
+        else:
+            rows, slots = self.slots
+            self.k[rows, :, slots] = k.transpose(1, 2)
+            self.v[rows, :, slots] = v.transpose(1, 2)
+        return self.k[:, :, : self.end], self.v[:, :, : self.end]
+
+
+class StaticCache:
+    """Buffers allocated once for `batch` rows of at most `max_len` tokens. A token's slot is its position.
+
+    Rows may hold different numbers of tokens: shorter inputs are padded on the right, and what the padding wrote is
+    given back with `rewind`, so it is never attended to. New tokens always go behind a row's own last one.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        max_len: int,
+        nlayers: int,
+        kvheads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.batch, self.max_len, self.device = batch, max_len, torch.device(device)
+        self.layers = [StaticLayer((batch, kvheads, max_len, head_dim), dtype, self.device) for _ in range(nlayers)]
+        self.length = 0  # of the longest row
+        self.lengths: Tensor | None = None  # (b, 1), where rows differ
+        self.span: int | Tensor = max_len
+
+    def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
+        first, end = self.length, self.length + n
+        if end > self.max_len:
+            raise ValueError(f"{first} tokens in the cache and {n} new ones are more than its max_len={self.max_len}")
+        steps = torch.arange(n, device=self.device)
+        slots, mask = None, None
+        if self.lengths is None:
+            positions = (steps + first)[None]
+            if first and n > 1:
+                mask = positions[:, None, :, None] >= torch.arange(end, device=self.device)  # 1 1 n kv
+        else:
+            positions = self.lengths + steps
+            slots = torch.arange(self.batch, device=self.device)[:, None], positions
+            mask = positions[:, None, :, None] >= torch.arange(end, device=self.device)  # b 1 n kv
+            self.lengths = self.lengths + n
+        for layer in self.layers:
+            layer.first, layer.end, layer.slots = first, end, slots
+        self.length = end
+        return positions, mask
+
+    def held(self) -> list[int]:
+        """How many tokens each row has."""
+        return [self.length] * self.batch if self.lengths is None else self.lengths.flatten().tolist()
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first `lengths[row]` tokens of each row."""
+        held = self.held()
+        if len(lengths) != self.batch or any(not 0 <= new <= old for new, old in zip(lengths, held, strict=True)):
+            raise ValueError(f"cannot rewind rows of {held} tokens to {list(lengths)}")
+        self.length = max(lengths)
+        equal = min(lengths) == self.length
+        self.lengths = None if equal else torch.tensor(lengths, device=self.device)[:, None]
+
+
+class Recompute:
+    """No cache: every pass starts anew. Carries only the `span` that a cached run of the same sequences would have."""
+
+    def __init__(self, nlayers: int, span: int | Tensor, device: torch.device | str = "cpu"):
+        self.layers = [None] * nlayers
+        self.span, self.device = span, device
+
+    def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
+        return torch.arange(n, device=self.device)[None], None

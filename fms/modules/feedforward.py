@@ -1,0 +1,28 @@
+"""Feed-forward layers and their activations."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class GatedLinearUnit(nn.Module):
+    """`w2(act(wg(x)) * w1(x))` (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, emb_dim: int, hidden_dim: int, activation: str = "silu", bias: bool = False):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.wg = nn.Linear(emb_dim, hidden_dim, bias=bias)
+        self.w1 = nn.Linear(emb_dim, hidden_dim, bias=bias)
+        self.w2 = nn.Linear(hidden_dim, emb_dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.activation(self.wg(x)) * self.w1(x))

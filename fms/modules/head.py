@@ -1,0 +1,19 @@
+"""The projection to the vocabulary."""
+
+from torch import Tensor, nn
+
+
+class Head(nn.Linear):
+    """Logits of hidden states, divided by `scaling`. `head(h)` is over the whole vocabulary, `head.local(h)` over
+    the share that this process holds."""
+
+    def __init__(self, emb_dim: int, vocab_size: int, scaling: float = 1.0):
+        super().__init__(emb_dim, vocab_size, bias=False)
+        self.scaling = scaling
+
+    def local(self, h: Tensor) -> Tensor:
+        logits = super().forward(h)
+        return logits if self.scaling == 1 else logits / self.scaling
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.local(h)

@@ -1,0 +1,30 @@
+"""Devices and data types by the names that users give them."""
+
+import torch
+
+from fms.utils.serialization.errors import nearest
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """A device by name; "auto" is a GPU if there is one. Raises `ValueError` if there is no such device here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device_type={name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device_type={str(name)!r}, but PyTorch {torch.__version__} sees no CUDA device here")
+    return device
+
+
+def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating data type by name ("bf16", "bfloat16"); `None` stays. Raises `ValueError` for another name."""
+    if isinstance(name, str):
+        if name not in DTYPES:
+            raise ValueError(f"data_type={name!r} is not known{nearest(name, DTYPES)}; known are {', '.join(DTYPES)}")
+        return DTYPES[name]
+    return name

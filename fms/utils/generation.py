@@ -1,0 +1,386 @@
+"""From a prompt to new tokens: prefill, then one decode step again and again."""
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fms.modules.cache import Recompute, StaticCache
+from fms.utils.sampling import Sampling, choose, penalise
+from fms.utils.serialization.errors import nearest
+from fms.utils.tokenizers import BaseTokenizer
+
+PREFILL_CHUNK = 2048  # tokens a row that go through the model at once
+Tokens = Sequence[int] | Tensor
+BeforeStep = Callable[[int, Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
+AfterStep = Callable[[int, Tensor, Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
+
+
+@dataclass
+class Timing:
+    """Seconds: of the prefill with its first token, and of each step after."""
+
+    first_token: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.first_token + sum(self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, a row."""
+        return len(self.steps) / sum(self.steps) if self.steps else 0.0
+
+
+def generate(
+    model: Any,
+    input_ids: Tensor | Sequence[Tokens] | Sequence[str] | str,
+    max_seq_len: int | None = None,
+    max_new_tokens: int | None = None,
+    *,
+    tokenizer: BaseTokenizer | None = None,
+    cache: StaticCache | None = None,
+    use_cache: bool = True,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stop: str | Sequence[str] = (),
+    timing: str = "",
+    prepare_model_inputs_hook: BeforeStep | None = None,
+    post_iteration_hook: AfterStep | None = None,
+    **sampling: Any,
+) -> Any:
+    """Continue `input_ids`, and return what went in with what came out, in the form that it went in.
+
+    A tensor (b, s) or (s) gives a tensor of prompt and new tokens, rows that ended early padded on the right. A
+    sequence of rows of unequal lengths gives a list of 1-D tensors. A text or texts, which need a `tokenizer`, give the
+    new text only.
+
+    `max_new_tokens` (256) and `max_seq_len` (the model's) bound the new and all tokens. `sampling`: do_sample,
+    temperature, top_k, top_p, min_p, repetition_penalty, seed, as in `Sampling`. What is not given comes from the
+    `generation_config.json` that lay beside the weights, else it is greedy; temperature, top_k, top_p, min_p or seed
+    given here mean do_sample. A row ends at one of `eos_token_id`, or when its text has one of the `stop` strings; it
+    gives the same tokens as it would alone. `cache` holds what came before and is continued: `input_ids` are the new
+    tokens only. `use_cache=False` computes everything anew for each token.
+
+    `timing="per-token"` or `"e2e"` makes it (result, list of seconds). Hooks run around each step:
+    `prepare_model_inputs_hook(step, input_ids, kwargs)` returns both of the latter for the model,
+    `post_iteration_hook(length, logits, tokens, kwargs)` the tokens (b, 1) and kwargs.
+
+    Raises `ValueError` for a prompt that is empty or too long, ids outside the vocabulary, logits that are not finite.
+    """
+    if timing not in ("", "per-token", "e2e"):
+        raise ValueError(f"timing={timing!r} must be 'per-token', 'e2e' or empty")
+    prompts, back = _prompts(input_ids, tokenizer)
+    run = Run(
+        model,
+        prompts,
+        max_seq_len=max_seq_len,
+        max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer,
+        cache=cache,
+        use_cache=use_cache,
+        eos_token_id=eos_token_id,
+        stop=stop,
+        before=prepare_model_inputs_hook,
+        after=post_iteration_hook,
+        **sampling,
+    )
+    new: list[list[int]] = [[] for _ in prompts]
+    for step in run:
+        for row, token in zip(new, step, strict=True):
+            if token is not None:
+                row.append(token)
+    pad = pad_token_id if pad_token_id is not None else run.defaults.get("pad_token_id")
+    if pad is None:
+        pad = min(run.eos, default=0)
+    result = back(prompts, new, pad)
+    if timing:
+        return result, [run.timing.total] if timing == "e2e" else [run.timing.first_token, *run.timing.steps]
+    return result
+
+
+def stream(model: Any, prompt: str | Sequence[int], tokenizer: BaseTokenizer, **options: Any) -> Iterator[str]:
+    """The new text of one prompt, piece by piece as it comes; options as for `generate`. Pieces never split a
+    character, and a stop string is never shown."""
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    return stream_run(Run(model, [torch.tensor(ids)], tokenizer=tokenizer, **options), tokenizer)
+
+
+def stream_run(run: "Run", tokenizer: BaseTokenizer) -> Iterator[str]:
+    """The text of a run of one row, as it comes."""
+    decoder, held = tokenizer.stream(), ""
+    stops = run.stop
+
+    def ready(text: str, last: bool) -> tuple[str, str]:
+        """What may be shown, and what may yet turn out to begin a stop string."""
+        found = [at for s in stops if (at := text.find(s)) >= 0]
+        if found:
+            return text[: min(found)], ""
+        if last:
+            return text, ""
+        keep = max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return text[: len(text) - keep], text[len(text) - keep :]
+
+    for (token,) in run:
+        if token is not None and token not in run.eos:
+            shown, held = ready(held + decoder.put(token), False)
+            if shown:
+                yield shown
+    shown, _ = ready(held + decoder.finish(), True)
+    if shown:
+        yield shown
+
+
+def encode_prompt(tokenizer: BaseTokenizer, text: str) -> list[int]:
+    """The ids of a plain prompt, with the special tokens that begin one."""
+    return tokenizer.encode(text, add_special_tokens=True)
+
+
+class Run:
+    """One generation: iterate to get, at each step, the new token of each row, or `None` for a row that has ended.
+
+    `prompts` are 1-D tensors of ids. `timing` fills up on the way. Options are those of `generate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Tensor],
+        *,
+        max_seq_len: int | None = None,
+        max_new_tokens: int | None = None,
+        tokenizer: BaseTokenizer | None = None,
+        cache: Any = None,
+        use_cache: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        before: BeforeStep | None = None,
+        after: AfterStep | None = None,
+        **sampling: Any,
+    ):
+        self.model, self.tokenizer, self.before, self.after = model, tokenizer, before, after
+        self.defaults: dict[str, Any] = getattr(model, "generation_defaults", {})
+        self.how = _sampling(sampling, self.defaults)
+        self.eos = _eos(eos_token_id, self.defaults, tokenizer)
+        self.stop = [stop] if isinstance(stop, str) else list(stop)
+        if self.stop and tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        self.timing = Timing()
+        self.device = model.embedding.weight.device
+        _check_ids(prompts, model.config.src_vocab_size)
+        self.prompts = [p.to(self.device) for p in prompts]
+        self.lengths = [len(p) for p in prompts]
+
+        held = 0 if cache is None else cache.length
+        longest = held + max(self.lengths)
+        limit = min(max_seq_len or model.config.max_positions, model.config.max_positions)
+        if cache is not None:
+            limit = min(limit, cache.max_len)
+        if longest >= limit:
+            raise ValueError(f"the prompt has {longest} tokens and leaves no room for a new one: the limit is {limit}")
+        wanted = max_new_tokens if max_new_tokens is not None else self.defaults.get("max_new_tokens", 256)
+        if wanted < 1:
+            raise ValueError(f"max_new_tokens={wanted} must be at least 1")
+        self.max_new_tokens = min(wanted, limit - longest)
+        if cache is not None and not use_cache:
+            raise ValueError("use_cache=False contradicts the cache that is given")
+        if cache is not None and cache.batch != len(prompts):
+            raise ValueError(f"the cache has {cache.batch} rows, the prompts are {len(prompts)}")
+        self.cache = (
+            model.make_cache(len(prompts), longest + self.max_new_tokens) if cache is None and use_cache else cache
+        )
+        self.first = [
+            held + n for held, n in zip(self._held(), self.lengths, strict=True)
+        ]  # places of the first new tokens
+        self.span = torch.tensor(self.lengths, device=self.device)[:, None] + self.max_new_tokens
+        if cache is None and use_cache:
+            self.cache.span = self.span
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[list[int | None]]:
+        ended = [False] * len(self.prompts)
+        texts = [self.tokenizer.stream() for _ in self.prompts] if self.stop and self.tokenizer else []
+        tails = [""] * len(self.prompts)
+        rows = torch.arange(len(self.prompts), device=self.device)
+        start = torch.tensor(self.first, device=self.device)
+        seen = self._seen()
+        began = time.perf_counter()
+        logits, kwargs = self._prefill()
+        counts = [0] * len(self.prompts)
+        try:
+            for i in range(self.max_new_tokens):
+                if seen is not None:
+                    logits = penalise(logits, seen, self.how.repetition_penalty)
+                tokens, fit = choose(logits, self.how, rows, start + i)
+                if self.after is not None:
+                    changed, kwargs = self.after(max(self.lengths) + i, logits, tokens[:, None], kwargs)
+                    tokens = changed.flatten()
+                if seen is not None:
+                    seen[rows, tokens] = True
+                step: list[int | None] = []
+                for r, (token, good) in enumerate(zip(tokens.tolist(), fit.tolist(), strict=True)):
+                    if not good and not ended[r]:
+                        raise ValueError(
+                            f"row {r}: logits are not finite at new token {i + 1}: look at the weights "
+                            "(get_model(..., check_finite=True)) and the data type"
+                        )
+                    step.append(None if ended[r] else token)
+                    if ended[r]:
+                        continue
+                    counts[r] += 1
+                    ended[r] = token in self.eos
+                    if texts:
+                        tails[r] += texts[r].put(token)
+                        ended[r] |= any(s in tails[r] for s in self.stop)
+                        tails[r] = tails[r][-max(map(len, self.stop)) :]
+                now = time.perf_counter()
+                if i == 0:
+                    self.timing.first_token = now - began
+                else:
+                    self.timing.steps.append(now - began)
+                yield step
+                if all(ended) or i + 1 == self.max_new_tokens:
+                    break
+                began = time.perf_counter()
+                logits, kwargs = self._decode(i + 1, tokens[:, None], kwargs)
+        finally:
+            self._settle(counts)
+
+    def _held(self) -> list[int]:
+        return self.cache.held() if self.cache is not None else [0] * len(self.prompts)
+
+    def _seen(self) -> Tensor | None:
+        """Which tokens each row has had, (b, vocabulary), where a penalty needs it."""
+        if self.how.repetition_penalty == 1:
+            return None
+        seen = torch.zeros(len(self.prompts), self.model.config.src_vocab_size, dtype=torch.bool, device=self.device)
+        for row, prompt in zip(seen, self.prompts, strict=True):
+            row[prompt] = True
+        return seen
+
+    def _prefill(self) -> tuple[Tensor, dict[str, Any]]:
+        """Logits (b, vocabulary) behind each row's last token; shorter rows are padded on the right."""
+        self.timing.prompt_tokens = sum(self.lengths)
+        self.whole = torch.nn.utils.rnn.pad_sequence(list(self.prompts), batch_first=True)
+        if self.cache is None:
+            return self._step(0, self.whole, {})
+        longest, before = max(self.lengths), self._held()
+        if min(self.lengths) == longest:
+            for chunk in self.whole[:, :-1].split(PREFILL_CHUNK, 1) if longest > PREFILL_CHUNK else ():
+                self.model.hidden(chunk, cache=self.cache)
+            rest = self.whole[:, self.cache.length - max(before) :]
+            return self._step(0, rest, {"cache": self.cache})
+        ends = torch.tensor(self.lengths, device=self.device) - 1
+        last: Tensor | None = None
+        for first in range(0, longest, PREFILL_CHUNK):
+            h = self.model.hidden(self.whole[:, first : first + PREFILL_CHUNK], cache=self.cache)
+            inside = (ends >= first) & (ends < first + h.shape[1])
+            here = h[torch.arange(len(h), device=h.device), (ends - first).clamp(0, h.shape[1] - 1)]
+            last = here if last is None else torch.where(inside[:, None], here, last)
+        self.cache.rewind(self.first)
+        return self.model.head(last), {"cache": self.cache}
+
+    def _decode(self, i: int, tokens: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Logits (b, vocabulary) after one more token (b, 1) a row."""
+        if self.cache is not None:
+            return self._step(i, tokens, kwargs)
+        grown = self.whole.new_zeros(len(tokens), self.whole.shape[1] + 1)
+        grown[:, :-1] = self.whole
+        ends = torch.tensor(self.lengths, device=self.device) + i - 1
+        grown[torch.arange(len(tokens), device=self.device), ends] = tokens[:, 0]
+        self.whole = grown
+        return self._step(i, grown, {})
+
+    def _step(self, i: int, input_ids: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        if self.before is not None:
+            input_ids, kwargs = self.before(i, input_ids, kwargs)
+        if self.cache is not None:
+            return self.model(input_ids, last_n_tokens=1, **kwargs)[:, -1], kwargs
+        anew = Recompute(len(self.model.layers), self.span, self.device)
+        h = self.model.hidden(input_ids, **({"cache": anew} | kwargs))
+        ends = torch.tensor(self.lengths, device=self.device) + i - 1
+        return self.model.head(h[torch.arange(len(h), device=h.device), ends]), kwargs
+
+    def _settle(self, counts: list[int]) -> None:
+        """Leave in the cache what belongs to each row: its prompt and its tokens but the last, which was never fed."""
+        if self.cache is not None:
+            self.cache.rewind([first + max(n - 1, 0) for first, n in zip(self.first, counts, strict=True)])
+
+
+def _prompts(given: Any, tokenizer: BaseTokenizer | None) -> tuple[list[Tensor], Callable[..., Any]]:
+    """Rows of ids, and what turns rows of prompt and new tokens into the form in which the prompt was given."""
+    if isinstance(given, Tensor):
+        if given.dim() not in (1, 2):
+            raise ValueError(f"input_ids of shape {list(given.shape)} must have one or two dimensions")
+        rows = list(given[None] if given.dim() == 1 else given)
+
+        def as_tensor(prompts: list[Tensor], new: list[list[int]], pad: int) -> Tensor:
+            width = max(map(len, new))
+            tail = torch.tensor([row + [pad] * (width - len(row)) for row in new], device=given.device)
+            whole = torch.cat((torch.stack(prompts), tail), 1)
+            return whole[0] if given.dim() == 1 else whole
+
+        return rows, as_tensor
+    if isinstance(given, str) or (len(given) and isinstance(given[0], str)):
+        if tokenizer is None:
+            raise ValueError("texts need a tokenizer: generate(model, texts, tokenizer=...)")
+        texts = [given] if isinstance(given, str) else given
+
+        def as_text(prompts: list[Tensor], new: list[list[int]], pad: int) -> Any:
+            decoded = [tokenizer.decode(row) for row in new]
+            return decoded[0] if isinstance(given, str) else decoded
+
+        return [torch.tensor(encode_prompt(tokenizer, text)) for text in texts], as_text
+
+    def as_rows(prompts: list[Tensor], new: list[list[int]], pad: int) -> list[Tensor]:
+        return [
+            torch.cat((p, torch.tensor(n, dtype=p.dtype, device=p.device))) for p, n in zip(prompts, new, strict=True)
+        ]
+
+    return [torch.as_tensor(row) for row in given], as_rows
+
+
+def _check_ids(prompts: Sequence[Tensor], vocabulary: int) -> None:
+    if not prompts:
+        raise ValueError("there is no prompt")
+    for i, prompt in enumerate(prompts):
+        if prompt.dim() != 1 or prompt.is_floating_point():
+            raise ValueError(
+                f"prompt {i} must be token ids in one dimension, it is {prompt.dtype} {list(prompt.shape)}"
+            )
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: it needs at least one token")
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"prompt {i} has token id {low if low < 0 else high}; the vocabulary is 0 to {vocabulary - 1}"
+            )
+
+
+def _sampling(given: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
+    known = [f.name for f in fields(Sampling)]
+    for name in given:
+        if name not in known:
+            choices = [*known, *inspect.signature(generate).parameters]
+            raise ValueError(f"generate() has no argument {name!r}{nearest(name, choices)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    values = {name: defaults[name] for name in known if defaults.get(name) is not None} | given
+    if "do_sample" not in given and given.keys() - {"repetition_penalty"}:
+        values["do_sample"] = True
+    return Sampling(**values)
+
+
+def _eos(
+    given: int | Sequence[int] | None, defaults: dict[str, Any], tokenizer: BaseTokenizer | None
+) -> frozenset[int]:
+    if given is None:
+        given = defaults.get("eos_token_id")
+    if given is None:
+        given = tokenizer.eos_token_ids if tokenizer is not None else ()
+    return frozenset([given] if isinstance(given, int) else given)
