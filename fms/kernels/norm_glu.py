@@ -1,4 +1,4 @@
-"""{norm + gate and up + activation}: the first half of a gated feed-forward layer."""
+"""{norm + up + activation}: the first half of a feed-forward layer, gated or not."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,13 @@ from fms.kernels.norm_linear import norm_linear
 from fms.kernels.weights import Weights
 
 
-def norm_glu(x: Tensor, norm: nn.Module, gate_up: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """`activation(gate) * up` of a fused projection (gate's rows, then up's): (..., in) to (..., hidden)."""
-    gate, up = norm_linear(x, norm, gate_up).chunk(2, dim=-1)
-    return activation(gate).mul_(up)
+def norm_glu(
+    x: Tensor, norm: nn.Module, up: Weights, activation: Callable[[Tensor], Tensor], gated: bool = True
+) -> Tensor:
+    """`activation(gate) * up` of a fused projection (gate's rows, then up's), or `activation(up)`: (..., in) to
+    (..., hidden)."""
+    h = norm_linear(x, norm, up)
+    if not gated:
+        return activation(h)
+    gate, up_part = h.chunk(2, dim=-1)
+    return activation(gate).mul_(up_part)

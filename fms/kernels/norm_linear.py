@@ -1,5 +1,8 @@
 """{norm + linear}: the projection of a normalised input."""
 
+from functools import cache
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,4 +11,18 @@ from fms.kernels.weights import Weights
 
 def norm_linear(x: Tensor, norm: nn.Module, linear: Weights) -> Tensor:
     """`linear(norm(x))`: (..., in) to (..., out)."""
-    return F.linear(norm(x), linear.weight, linear.bias)
+    return F.linear(normalise(x, norm), linear.weight, linear.bias)
+
+
+def normalise(x: Tensor, norm: nn.Module) -> Tensor:
+    """`norm(x)`. On a CPU an RMSNorm is five short operations, where PyTorch takes ten."""
+    if not isinstance(norm, nn.RMSNorm) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return norm(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    rms = length.mul_(x.shape[-1] ** -0.5).hypot_(_root(norm.eps))  # sqrt(mean(x^2) + eps)
+    return torch.div(x, rms).mul_(norm.weight).type_as(x)
+
+
+@cache
+def _root(eps: float) -> Tensor:
+    return torch.tensor(eps).sqrt()

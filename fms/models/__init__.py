@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fms.models import granite, llama  # noqa: F401  (they register themselves)
 from fms.models.decoder import Decoder
@@ -33,7 +32,7 @@ def get_model(
     strict: bool = True,
     check_finite: bool = False,
     **overrides: Any,
-) -> nn.Module:
+) -> Any:
     """A model that can be trained, with random weights or a checkpoint's. `freeze` makes it the inference form.
 
     `model_path` is a file, a directory or a Hub id; what it says of itself (format, architecture, configuration) need

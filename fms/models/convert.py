@@ -13,7 +13,7 @@ from torch import Tensor
 from fms.models.registry import describe
 from fms.utils.devices import dtype_of
 from fms.utils.serialization.checkpoint import OWN_VERSION, Checkpoint, open_checkpoint
-from fms.utils.serialization.errors import CheckpointError, nearest
+from fms.utils.serialization.errors import nearest
 from fms.utils.serialization.generation_config import FILE, generation_defaults
 from fms.utils.serialization.loading import common_dtype, plan
 from fms.utils.serialization.sources import get_source, list_sources
@@ -33,6 +33,7 @@ from fms.utils.tokenizers import BaseTokenizer, get_tokenizer
 log = logging.getLogger(__name__)
 
 FORMATS = ("hf", "meta", "fms", "own")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 def convert(
@@ -66,7 +67,11 @@ def convert(
         return Entry(name, part.shape(reader), kind, lambda: part.read(reader).to(kind))
 
     state = [entry(name, part) for name, part in parts.items()]
-    tokenizer = _tokenizer(checkpoint.path)
+    try:
+        tokenizer = _tokenizer(checkpoint)
+    except ValueError as error:
+        log.warning("the tokenizer is left behind: %s", error)
+        tokenizer = None
     return _write(model, state, out, to, generation_defaults(checkpoint), tokenizer, overwrite, progress)
 
 
@@ -104,10 +109,13 @@ def validate(
             model = describe(checkpoint, variant, {})
         parts = plan(model, checkpoint)
         generation_defaults(checkpoint)
-    except (CheckpointError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         return [*problems, *str(error).split("\n  ")]
     problems += _not_finite(checkpoint, parts, progress)
-    tokenizer = _tokenizer(checkpoint.path)
+    try:
+        tokenizer = _tokenizer(checkpoint)
+    except ValueError as error:
+        return [*problems, str(error)]
     if tokenizer is not None and tokenizer.vocab_size() > (size := model.config.src_vocab_size):
         problems.append(f"the tokenizer has {tokenizer.vocab_size()} tokens, the model's vocabulary {size}")
     return problems
@@ -160,7 +168,10 @@ def _write(
     if to == "hf":
         dtype = str(state[0].dtype).removeprefix("torch.")
         settings |= {"torch_dtype": dtype, "dtype": dtype}
-        settings |= {name: defaults[name] for name in ("eos_token_id",) if name in defaults}
+        ends: Any = tokenizer.eos_token_ids if tokenizer else ()
+        ends = defaults.get("eos_token_id", ends[0] if len(ends) == 1 else ends or None)
+        # said even if there is none: transformers fills in Llama 2's for what is absent
+        settings |= {"bos_token_id": tokenizer.bos_token_id if tokenizer else None, "eos_token_id": ends}
     state = _counted(state, progress)
     with writing(out, overwrite) as directory:
         if to == "meta":
@@ -195,12 +206,15 @@ def _counted(state: list[Entry], progress: Progress | None) -> list[Entry]:
     return [entry._replace(make=counting(entry)) for entry in state]
 
 
-def _tokenizer(path: Path) -> BaseTokenizer | None:
-    try:
-        return get_tokenizer(path)
-    except ValueError as error:
-        log.info("no tokenizer to carry along: %s", error)
-        return None
+def _tokenizer(checkpoint: Checkpoint) -> BaseTokenizer | None:
+    """The one beside the weights, or in the GGUF file, if there is one. Raises `ValueError` if it can't be read."""
+    path = checkpoint.path
+    if checkpoint.source == "gguf":
+        there = "tokenizer.ggml.model" in checkpoint.reader.metadata  # type: ignore[attr-defined]
+    else:
+        path = path if path.is_dir() else path.parent
+        there = any((path / name).is_file() for name in TOKENIZER_FILES)
+    return get_tokenizer(path) if there else None
 
 
 def _dump(file: Path, values: dict[str, Any]) -> None:

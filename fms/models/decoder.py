@@ -25,11 +25,15 @@ class Decoder(nn.Module):
         dec_norm: nn.Module,
         head: Head,
         rope: Rope | None = None,
+        position_embedding: nn.Embedding | None = None,
         embedding_multiplier: float = 1.0,
+        emb_dropout: float = 0.0,
     ):
         super().__init__()
         self.config, self.rope, self.embedding_multiplier = config, rope, embedding_multiplier
         self.embedding = embedding
+        self.position_embedding = position_embedding
+        self.emb_dropout = nn.Dropout(emb_dropout)
         self.layers = nn.ModuleList(layers)
         self.dec_norm = dec_norm
         self.head = head
@@ -72,6 +76,9 @@ class Decoder(nn.Module):
         x = input_ids if input_ids.is_floating_point() else self.embedding(input_ids)
         if self.embedding_multiplier != 1:
             x = x * self.embedding_multiplier
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        x = self.emb_dropout(x)
         angles = self.rope(positions, cache.span) if self.rope else None
         for block, layer in zip(self.layers, cache.layers, strict=True):
             x = block(x, angles, mask, layer)

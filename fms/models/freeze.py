@@ -1,13 +1,14 @@
 """The inference form of a model."""
 
+from typing import Any
+
 from torch import nn
 
-from fms.models.decoder import Decoder
 from fms.modules.block import Block
 from fms.modules.frozen import FrozenBlock
 
 
-def freeze(model: Decoder) -> Decoder:
+def freeze(model: Any) -> Any:
     """Replace each block by its frozen form, in place, and turn gradients and dropout off. Returns the model.
 
     Parameters and `state_dict()` keep their names. Freezing twice does nothing more.

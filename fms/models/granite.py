@@ -25,15 +25,9 @@ class GraniteConfig(DecoderConfig):
 class Granite(LLaMA):
     """LLaMA's parts, scaled."""
 
-    def __init__(self, config: GraniteConfig | None = None, **overrides: Any):
+    def __init__(self, config: GraniteConfig | None = None, /, **overrides: Any):
         c = (config or VARIANTS["8b"]).updated(**overrides)
-        super().__init__(
-            c,
-            attention_scale=c.attention_multiplier,
-            residual_scale=c.residual_multiplier,
-            embedding_multiplier=c.embedding_multiplier,
-            logits_scaling=c.logits_scaling,
-        )
+        super().__init__(c, c.attention_multiplier, c.residual_multiplier, c.embedding_multiplier, c.logits_scaling)
 
 
 _8B = GraniteConfig(

@@ -31,11 +31,11 @@ class LLaMA(Decoder):
     def __init__(
         self,
         config: DecoderConfig | None = None,
-        *,
         attention_scale: float | None = None,
         residual_scale: float = 1.0,
         embedding_multiplier: float = 1.0,
         logits_scaling: float = 1.0,
+        /,  # keywords are fields of the configuration, and nothing else
         **overrides: Any,
     ):
         c = (config or LLaMAConfig()).updated(**overrides)

@@ -2,14 +2,14 @@
 
 from torch import Tensor, nn
 
-from fms.kernels.attend import Angles, LayerCache, attend
+from fms.kernels.attend import Angles, LayerCache, Norms, attend
 
 
 class Attention(nn.Module):
-    """Causal attention whose query heads share key and value heads in groups (Ainslie et al. 2023, arXiv 2305.13245).
+    """Attention whose query heads share key and value heads in groups (Ainslie et al. 2023, arXiv 2305.13245).
 
     `kvheads` of `nheads` is multi-head attention, 1 is multi-query. `scale` multiplies the scores, 1 / sqrt(head_dim)
-    where it is `None`; `dropout` is that of the weights, in training only.
+    where it is `None`; `dropout` is that of the weights, in training only. `q_norm` and `k_norm` act on each head.
     """
 
     def __init__(
@@ -21,15 +21,25 @@ class Attention(nn.Module):
         bias: bool = False,
         scale: float | None = None,
         dropout: float = 0.0,
+        *,
+        causal: bool = True,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
     ):
         super().__init__()
-        self.kvheads, self.head_dim, self.scale, self.dropout = kvheads, head_dim, scale, dropout
+        self.kvheads, self.head_dim, self.scale, self.dropout, self.causal = kvheads, head_dim, scale, dropout, causal
         self.query = nn.Linear(emb_dim, nheads * head_dim, bias=bias)
         self.key = nn.Linear(emb_dim, kvheads * head_dim, bias=bias)
         self.value = nn.Linear(emb_dim, kvheads * head_dim, bias=bias)
         self.dense = nn.Linear(nheads * head_dim, emb_dim, bias=bias)
+        self.q_norm, self.k_norm = q_norm, k_norm
+
+    @property
+    def norms(self) -> Norms | None:
+        return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
     def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, layer: LayerCache | None) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))  # b s h d
         dropout = self.dropout if self.training else 0.0
-        return self.dense(attend(q, k, v, angles, mask, layer, self.scale, dropout))
+        out = attend(q, k, v, angles, mask, layer, self.scale, causal=self.causal, norms=self.norms, dropout=dropout)
+        return self.dense(out)

@@ -7,14 +7,17 @@ from fms.modules.attention import Attention
 
 
 class Block(nn.Module):
-    """`x + scale * attn(ln(x))`, then `x + scale * ff(ff_ln(x))`."""
+    """`x + scale * attn(ln(x))`, then `x + scale * ff(ff_ln(x))`; `dropout` is that of both branches."""
 
-    def __init__(self, ln: nn.Module, attn: Attention, ff_ln: nn.Module, ff: nn.Module, scale: float = 1.0):
+    def __init__(
+        self, ln: nn.Module, attn: Attention, ff_ln: nn.Module, ff: nn.Module, scale: float = 1.0, dropout: float = 0.0
+    ):
         super().__init__()
         self.ln, self.attn, self.ff_ln, self.ff, self.scale = ln, attn, ff_ln, ff, scale
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, x: Tensor, angles: Angles | None, mask: Tensor | None = None, layer: LayerCache | None = None
     ) -> Tensor:
-        x = x + self.scale * self.attn(self.ln(x), angles, mask, layer)
-        return x + self.scale * self.ff(self.ff_ln(x))
+        x = x + self.scale * self.dropout(self.attn(self.ln(x), angles, mask, layer))
+        return x + self.scale * self.dropout(self.ff(self.ff_ln(x)))

@@ -35,13 +35,13 @@ class StaticLayer:
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.slots is None:
-            self.k[:, :, self.first : self.end] = k
-            self.v[:, :, self.first : self.end] = v
+            self.k.narrow(2, self.first, k.shape[2]).copy_(k)
+            self.v.narrow(2, self.first, v.shape[2]).copy_(v)
         else:
             rows, slots = self.slots
             self.k[rows, :, slots] = k.transpose(1, 2)
             self.v[rows, :, slots] = v.transpose(1, 2)
-        return self.k[:, :, : self.end], self.v[:, :, : self.end]
+        return self.k.narrow(2, 0, self.end), self.v.narrow(2, 0, self.end)
 
 
 class StaticCache:

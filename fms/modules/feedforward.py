@@ -26,3 +26,16 @@ class GatedLinearUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.wg(x)) * self.w1(x))
+
+
+class FeedForward(nn.Module):
+    """`w2(act(w1(x)))`."""
+
+    def __init__(self, emb_dim: int, hidden_dim: int, activation: str = "gelu", bias: bool = True):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.w1 = nn.Linear(emb_dim, hidden_dim, bias=bias)
+        self.w2 = nn.Linear(hidden_dim, emb_dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.activation(self.w1(x)))

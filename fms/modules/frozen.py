@@ -12,7 +12,7 @@ from fms.kernels.norm_glu import norm_glu
 from fms.kernels.norm_linear import norm_linear
 from fms.modules.attention import Attention
 from fms.modules.block import Block
-from fms.modules.feedforward import GatedLinearUnit
+from fms.modules.feedforward import FeedForward, GatedLinearUnit
 
 
 class Fused(NamedTuple):
@@ -39,20 +39,28 @@ def fuse(*linears: nn.Linear) -> Fused:
 
 class FrozenBlock(nn.Module):
     """What `Block` computes, for inference only: {norm + q,k,v}, {rotary + cache + attention}, {dense + residual},
-    {norm + gate,up + activation}, {down + residual}."""
+    {norm + up + activation}, {down + residual}. The parts keep their names; `forward` uses what `fuse` took of them.
+    """
 
     def __init__(self, block: Block):
         super().__init__()
-        assert isinstance(block.ff, GatedLinearUnit)
+        assert isinstance(block.ff, GatedLinearUnit | FeedForward)
         self.ln, self.ff_ln, self.scale = block.ln, block.ff_ln, block.scale
         self.attn: Attention = block.attn
-        self.ff: GatedLinearUnit = block.ff
+        self.ff: GatedLinearUnit | FeedForward = block.ff
         self.requires_grad_(False)
         self.fuse()
 
     def fuse(self) -> None:
-        self.qkv = fuse(self.attn.query, self.attn.key, self.attn.value)
-        self.gate_up = fuse(self.ff.wg, self.ff.w1)
+        attn, ff = self.attn, self.ff
+        self.qkv = fuse(attn.query, attn.key, attn.value)
+        self.heads = attn.kvheads, attn.head_dim
+        self.score_scale, self.norms = attn.scale, attn.norms
+        self.dense = Fused(attn.dense.weight, attn.dense.bias)
+        self.gated = isinstance(ff, GatedLinearUnit)
+        self.up = fuse(ff.wg, ff.w1) if isinstance(ff, GatedLinearUnit) else Fused(ff.w1.weight, ff.w1.bias)
+        self.activation = ff.activation
+        self.down = Fused(ff.w2.weight, ff.w2.bias)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # moves the views one by one: they leave the fused weight
@@ -62,9 +70,8 @@ class FrozenBlock(nn.Module):
     def forward(
         self, x: Tensor, angles: Angles | None, mask: Tensor | None = None, layer: LayerCache | None = None
     ) -> Tensor:
-        attn, ff = self.attn, self.ff
         qkv = norm_linear(x, self.ln, self.qkv)
-        heads = attend_packed(qkv, attn.kvheads, attn.head_dim, angles, mask, layer, attn.scale)
-        x = linear_add(heads, attn.dense, x, self.scale)
-        h = norm_glu(x, self.ff_ln, self.gate_up, ff.activation)
-        return linear_add(h, ff.w2, x, self.scale)
+        heads = attend_packed(qkv, *self.heads, angles, mask, layer, self.score_scale, norms=self.norms)
+        x = linear_add(heads, self.dense, x, self.scale)
+        h = norm_glu(x, self.ff_ln, self.up, self.activation, self.gated)
+        return linear_add(h, self.down, x, self.scale)

@@ -1,12 +1,16 @@
 """Configurations: frozen dataclasses of plain final numbers, with JSON round trip."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from fms.modules.feedforward import ACTIVATIONS
 from fms.modules.positions import RopeScaling
 from fms.utils.serialization.errors import nearest
+
+SIZES = ["src_vocab_size", "emb_dim", "nheads", "kvheads", "head_dim", "nlayers", "hidden_dim", "max_expected_seq_len"]
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from plain values. Raises `ValueError` on a field that this configuration does not have."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(
-                    f"{cls.__name__} has no field {name!r}{nearest(name, known)}; it has {', '.join(known)}"
-                )
+        check_fields(cls, values)
         return cls(**values)
 
     @classmethod
@@ -37,16 +36,21 @@ class ModelConfig:
 
     def updated(self, **changes: Any) -> Self:
         """A copy with some fields changed. A dict changes fields of a nested configuration. Unknown fields raise."""
-        known = [f.name for f in fields(self)]
+        check_fields(type(self), changes)
         for name, value in changes.items():
-            if name not in known:
-                raise ValueError(
-                    f"{type(self).__name__} has no field {name!r}{nearest(name, known)}; it has {', '.join(known)}"
-                )
             old = getattr(self, name)
             if isinstance(value, dict) and is_dataclass(old) and not isinstance(old, type):
+                check_fields(type(old), value)
                 changes[name] = replace(old, **value)
         return replace(self, **changes)
+
+
+def check_fields(kind: type, names: Iterable[str]) -> None:
+    """Raise `ValueError` for a name that is not one of a dataclass's fields."""
+    known = [f.name for f in fields(kind)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{kind.__name__} has no field {name!r}{nearest(name, known)}; it has {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,16 @@ class DecoderConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):
+            check_fields(RopeScaling, self.rope_scaling)
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
-        for name in ("src_vocab_size", "emb_dim", "nheads", "kvheads", "head_dim", "nlayers", "hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in SIZES:
+            if not isinstance(size := getattr(self, name), int) or size < 1:
+                raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
+        if self.activation_fn not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_fn={self.activation_fn!r} is not known{nearest(self.activation_fn, ACTIVATIONS)}; "
+                f"known are {', '.join(ACTIVATIONS)}"
+            )
         if self.nheads % self.kvheads:
             raise ValueError(f"nheads={self.nheads} must be a multiple of kvheads={self.kvheads}")
         if self.head_dim % 2:

@@ -257,6 +257,7 @@ BROKEN = {
         header([entry("general.alignment", 8, text("32"))], []),
         "general.alignment is '32', a power of two",
     ),
+    "split": (header([entry("split.count", 9, struct.pack("<IQ", 0, 0))], []), "split.count is [], a whole number"),
     "same name": (header([], [info("w"), info("w", offset=32)]), "tensor 'w' is there twice"),
     "rank": (header([], [info("w", (1,) * 5)]), "tensor 'w' has 5 dimensions, at most 4 are possible"),
     "no size": (header([], [info("w", (4, 0))]), "tensor 'w' of shape [0, 4] and type F32: sizes must be positive"),

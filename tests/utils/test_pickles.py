@@ -155,6 +155,7 @@ def test_a_view_beyond_its_storage(view, zipped, tmp_path):
         open_reader(file)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_sparse_tensors_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="'x' must be"):
         open_reader(saved(tmp_path / "x.pth", {"x": torch.eye(3).to_sparse()}))

@@ -53,6 +53,8 @@ def open_checkpoint(path: str | Path, source: str | None = None, architecture: s
         own = _json(config_file)
         if own.get("version") != OWN_VERSION:
             raise CheckpointError(f"{config_file}: version {own.get('version')!r}, this library reads {OWN_VERSION}")
+        if missing := [name for name in ("architecture", "config") if name not in own]:
+            raise CheckpointError(f"{config_file} has no {', '.join(map(repr, missing))}")
         _agree(path, architecture, own["architecture"])
         return Checkpoint(path, source, own["architecture"], own["config"], reader)
     if source == found:

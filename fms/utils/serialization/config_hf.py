@@ -36,6 +36,7 @@ HF_FIXED: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,),
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
+    "rope_interleaved": (False, None),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
@@ -73,11 +74,11 @@ def read_hf_rope(left: Values, ours: Values) -> Values:
     given = dict(left.pop("rope_scaling", None) or {}) | dict(left.pop("rope_parameters", None) or {})
     theta = left.pop("rope_theta", None)
     theta = given.pop("rope_theta", None) or theta or 10_000.0
-    kind = given.pop("rope_type", None) or given.get("type", "default")
-    given.pop("type", None)
+    new, old = given.pop("rope_type", None), given.pop("type", None)
     if (partial := given.pop("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
         raise CheckpointError(f"partial_rotary_factor={partial} is not supported here, only 1.0")
     outer = left.pop("original_max_position_embeddings", None)
+    kind = new or old or (None if given else "default")
     scaling = None
     if kind != "default":
         if kind not in ROPE_KEYS:
@@ -100,7 +101,7 @@ def read_hf_rope(left: Values, ours: Values) -> Values:
         values.setdefault("original_max_len", ours["max_expected_seq_len"])
         scaling = RopeScaling(kind, **values)
     elif given.keys() - {"factor", "original_max_position_embeddings"}:
-        raise CheckpointError(f"rotary fields {sorted(given)} are given, but no rope_type")
+        raise CheckpointError(f"rotary fields {sorted(given)} are given, but the rope_type is {kind!r}")
     return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 

@@ -37,16 +37,18 @@ class ConfigMap:
         left = dict(values)
         ours: Values = {}
         for theirs, name, default in self.fields:
-            if theirs in left:
-                ours[name] = left.pop(theirs)
-            elif default is REQUIRED:
+            value = left.pop(theirs, None)
+            if value is None and default is REQUIRED:
                 raise CheckpointError(f"{where} has no {theirs!r}")
-            if ours.get(name) is None and default is not REQUIRED:
-                ours[name] = default(values) if callable(default) else default
+            if value is None:
+                value = default(values) if callable(default) else default
+            ours[name] = value
         try:
             ours |= self.read_more(left, ours)
         except KeyError as error:
             raise CheckpointError(f"{where} has no {error}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
         for name, allowed in self.fixed.items():
             if (value := left.pop(name, allowed[0])) not in allowed:
                 raise CheckpointError(f"{where}: {name}={value!r} is not supported here, only {allowed[0]!r}")

@@ -42,8 +42,9 @@ def generation_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
     """Arguments for `generate` that the checkpoint asks for. Logs a warning for what it asks and we do not have."""
     if checkpoint.source == "gguf":
         metadata: dict[str, Any] = checkpoint.reader.metadata  # type: ignore[attr-defined]
-        eos = metadata.get("tokenizer.ggml.eos_token_id")
-        return {} if eos is None else {"eos_token_id": eos}
+        named = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+        ends = list(dict.fromkeys(token for token in named if token is not None))  # of a text, a turn, a message
+        return {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
     directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     values = _read(directory / FILE)
     if "eos_token_id" not in values:

@@ -294,9 +294,11 @@ def _split_parts(opened: _File) -> list[_File]:
     path, count = opened.path, opened.metadata.get("split.count", 1)
     if count in (0, 1):
         return [opened]
+    if type(count) is not int:
+        opened.fail(f"damaged: split.count is {count!r}, a whole number is required")
     name = _SPLIT_NAME.fullmatch(path.name)
     if name is None or int(name[3]) != count:
-        opened.fail(f"one of {count!r} parts (split.count), so its name must end in -NNNNN-of-{count:0>5}.gguf")
+        opened.fail(f"one of {count} parts (split.count), so its name must end in -NNNNN-of-{count:0>5}.gguf")
     paths = [path.with_name(f"{name[1]}-{number:05}-of-{name[3]}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in paths if not part.is_file()]:
         opened.fail(f"{len(missing)} of {count} parts are missing: {', '.join(missing)}")

@@ -29,6 +29,7 @@ def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[
         for name, shape in wanted.items()
         if name in parts and (got := parts[name].shape(reader)) != tuple(shape)
     ]
+    wrong += _badly_split(parts, reader)
     if strict:
         extra = [*unknown, *(part.key for name, part in parts.items() if name not in aliases)]
         missing = [name for name in wanted if name not in parts]
@@ -38,6 +39,20 @@ def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[
         shown = wrong[:20] + ([f"and {len(wrong) - 20} more"] if len(wrong) > 20 else [])
         raise CheckpointError("\n  ".join([f"{checkpoint.path} does not fit the model:", *shown]))
     return {name: parts[name] for name in wanted if name in parts}
+
+
+def _badly_split(parts: Mapping[str, Part], reader: Reader) -> list[str]:
+    """Source tensors that have too few rows for the parts taken of them, or are split and have rows left over."""
+    taken: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        if part.rows is not None:
+            taken.setdefault(part.key, []).append(name)
+    wrong = []
+    for key, names in taken.items():
+        rows, end = reader.shape(key)[0], max(parts[name].end for name in names)
+        if rows < end or (rows > end and len(names) > 1):
+            wrong.append(f"{', '.join(names)}: {key} has {rows} rows, the model wants {end}")
+    return wrong
 
 
 def fill(

@@ -38,11 +38,18 @@ class Part:
         whole = reader.shape(self.key)
         return whole if self.rows is None else (_count(self.rows), *whole[1:])
 
+    @property
+    def end(self) -> int:
+        """How many rows the source needs to have, where only some are taken."""
+        return 0 if self.rows is None else int(_indices(self.rows).max()) + 1
+
     def read(self, reader: Reader, index: tuple[slice, ...] = ()) -> Tensor:
         """The parameter, or the slice of it that `index` names (one slice a dimension, missing ones whole)."""
         if self.rows is None:
             return reader.read(self.key, index)
         rows = _indices(self.rows)[index[0] if index else slice(None)]
+        if not len(rows):
+            return reader.read(self.key, (slice(0, 0), *index[1:]))
         first, last = int(rows.min()), int(rows.max())
         block = reader.read(self.key, (slice(first, last + 1), *index[1:]))
         if torch.equal(rows, torch.arange(first, last + 1)):
