@@ -9,7 +9,7 @@ from fms.kernels.weights import Weights
 
 
 def norm_glu(
-    x: Tensor, norm: nn.Module, up: Weights, activation: Callable[[Tensor], Tensor], gated: bool = True
+    x: Tensor, norm: nn.Module | None, up: Weights, activation: Callable[[Tensor], Tensor], gated: bool = True
 ) -> Tensor:
     """`activation(gate) * up` of a fused projection (gate's rows, then up's), or `activation(up)`: (..., in) to
     (..., hidden)."""

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from fms.kernels.weights import Weights
 
 
-def norm_linear(x: Tensor, norm: nn.Module, linear: Weights) -> Tensor:
-    """`linear(norm(x))`: (..., in) to (..., out)."""
-    return F.linear(normalise(x, norm), linear.weight, linear.bias)
+def norm_linear(x: Tensor, norm: nn.Module | None, linear: Weights) -> Tensor:
+    """`linear(norm(x))`, or without a norm `linear(x)`: (..., in) to (..., out)."""
+    return F.linear(x if norm is None else normalise(x, norm), linear.weight, linear.bias)
 
 
 def normalise(x: Tensor, norm: nn.Module) -> Tensor:
     """`norm(x)`. On a CPU an RMSNorm is five short operations, where PyTorch takes ten."""
-    if not isinstance(norm, nn.RMSNorm) or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not isinstance(norm, nn.RMSNorm) or x.device.type != "cpu" or x.dtype == torch.float64:
+        return norm(x)
+    if torch.compiler.is_compiling():
         return norm(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rms = length.mul_(x.shape[-1] ** -0.5).hypot_(_root(norm.eps))  # sqrt(mean(x^2) + eps)

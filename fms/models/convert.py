@@ -161,8 +161,9 @@ def _write(
         }
     else:
         target = get_source(architecture, to)
-        if to == "fms" and config.tie_heads:  # the existing FMS keeps both names of a tied pair
-            state = [*state, next(e for e in state if e.name == "embedding.weight")._replace(name="head.weight")]
+        if to == "fms":  # the existing FMS keeps both names of a tied pair
+            names = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {e.name for e in state}
+            state = state + [e._replace(name=name) for e in state if e.name == "embedding.weight" for name in names]
         state = entries(target.rules, state, config)
         settings = target.config.write(config) if target.config else {}
     if to == "hf":

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from fms.modules.cache import Cache, Recompute, StaticCache
 from fms.modules.head import Head
+from fms.modules.initial import reset_parameters
 from fms.modules.positions import Rope
-from fms.utils.config import DecoderConfig
+from fms.modules.rolling import RollingCache
+from fms.utils.config import CausalConfig
 
 
 class Decoder(nn.Module):
@@ -19,7 +20,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: CausalConfig,
         embedding: nn.Embedding,
         layers: Iterable[nn.Module],
         dec_norm: nn.Module,
@@ -28,8 +29,10 @@ class Decoder(nn.Module):
         position_embedding: nn.Embedding | None = None,
         embedding_multiplier: float = 1.0,
         emb_dropout: float = 0.0,
+        window: int | None = None,
     ):
         super().__init__()
+        self.window = window  # of attention: how many tokens one sees, itself included; None: all before it
         self.config, self.rope, self.embedding_multiplier = config, rope, embedding_multiplier
         self.embedding = embedding
         self.position_embedding = position_embedding
@@ -45,11 +48,18 @@ class Decoder(nn.Module):
         if self.config.tie_heads:
             self.head.weight = self.embedding.weight
 
-    def make_cache(self, batch: int, max_len: int) -> StaticCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens."""
+    def make_cache(self, batch: int, max_len: int) -> StaticCache | RollingCache:
+        """An empty cache for `batch` rows of at most `max_len` tokens; of a model with a window it holds the window."""
         self._check_length(max_len)
         weight, c = self.embedding.weight, self.config
-        return StaticCache(batch, max_len, c.nlayers, c.kvheads, c.head_dim, weight.dtype, weight.device)
+        shape = (c.nlayers, c.kvheads, c.head_dim, weight.dtype, weight.device)
+        if self.window is not None and self.window < max_len:
+            return RollingCache(batch, max_len, self.window, *shape)
+        return StaticCache(batch, max_len, *shape)
+
+    def no_cache(self, span: int | Tensor) -> Recompute:
+        """What stands for a cache when each pass starts anew; `span` as for a cache."""
+        return Recompute(len(self.layers), span, self.embedding.weight.device, self.window)
 
     def hidden(
         self,
@@ -67,7 +77,7 @@ class Decoder(nn.Module):
         s = input_ids.shape[1]
         self._check_length(s)
         if cache is None:
-            cache = Recompute(len(self.layers), s, input_ids.device)
+            cache = self.no_cache(s)
         positions, implied = cache.advance(s)
         if position_ids is not None:
             positions = position_ids
@@ -97,16 +107,9 @@ class Decoder(nn.Module):
         h = self.hidden(input_ids, position_ids=position_ids, mask=mask, cache=cache)
         return self.head(h[:, -last_n_tokens:])
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill with random weights: normal of standard deviation 0.02, norms one, biases zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
-                nn.init.ones_(module.weight)
-            if (bias := getattr(module, "bias", None)) is not None:
-                nn.init.zeros_(bias)
+        reset_parameters(self)
 
     def _check_length(self, n: int) -> None:
         if n > self.config.max_positions:

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from fms.modules.block import Block
-from fms.modules.frozen import FrozenBlock
+from fms.modules.block import Block, EncoderBlock
+from fms.modules.frozen import Frozen, FrozenBlock, FrozenEncoderBlock
 
 
 def freeze(model: Any) -> Any:
@@ -16,9 +16,11 @@ def freeze(model: Any) -> Any:
     for i, block in enumerate(model.layers):
         if isinstance(block, Block):
             model.layers[i] = FrozenBlock(block)
+        elif isinstance(block, EncoderBlock):
+            model.layers[i] = FrozenEncoderBlock(block)
     model.tie_weights()
     return model.requires_grad_(False).eval()
 
 
 def is_frozen(model: nn.Module) -> bool:
-    return any(isinstance(module, FrozenBlock) for module in model.modules())
+    return any(isinstance(module, Frozen) for module in model.modules())

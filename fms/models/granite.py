@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fms.models.llama import FMS, GGUF, HF, LLaMA
+from fms.models.decoder import Decoder
+from fms.models.llama import FMS, GGUF, HF, llama_parts
 from fms.models.registry import register_variants
 from fms.utils.config import DecoderConfig
 from fms.utils.serialization.config_gguf import gguf_map
@@ -22,12 +23,19 @@ class GraniteConfig(DecoderConfig):
     attention_multiplier: float = 1.0
 
 
-class Granite(LLaMA):
+class Granite(Decoder):
     """LLaMA's parts, scaled."""
 
     def __init__(self, config: GraniteConfig | None = None, /, **overrides: Any):
-        c = (config or VARIANTS["8b"]).updated(**overrides)
-        super().__init__(c, c.attention_multiplier, c.residual_multiplier, c.embedding_multiplier, c.logits_scaling)
+        c = (config or _8B).updated(**overrides)
+        parts = llama_parts(
+            c,
+            attention_scale=c.attention_multiplier,
+            residual_scale=c.residual_multiplier,
+            embedding_multiplier=c.embedding_multiplier,
+            logits_scaling=c.logits_scaling,
+        )
+        super().__init__(c, **parts)
 
 
 _8B = GraniteConfig(

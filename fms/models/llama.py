@@ -25,38 +25,53 @@ class LLaMAConfig(DecoderConfig):
     """The common vocabulary; the defaults are Llama 2 7B's."""
 
 
-class LLaMA(Decoder):
-    """RMSNorm, rotary positions, grouped-query attention, gated feed-forward layers; its kin scale some of them."""
+def llama_parts(
+    c: DecoderConfig,
+    *,
+    attention_scale: float | None = None,
+    residual_scale: float = 1.0,
+    embedding_multiplier: float = 1.0,
+    logits_scaling: float = 1.0,
+    qk_norm: bool = False,
+    window: int | None = None,
+) -> dict[str, Any]:
+    """What LLaMA and its kin give to `Decoder`: RMSNorm, rotary positions, grouped queries, gated linear units."""
 
-    def __init__(
-        self,
-        config: DecoderConfig | None = None,
-        attention_scale: float | None = None,
-        residual_scale: float = 1.0,
-        embedding_multiplier: float = 1.0,
-        logits_scaling: float = 1.0,
-        /,  # keywords are fields of the configuration, and nothing else
-        **overrides: Any,
-    ):
-        c = (config or LLaMAConfig()).updated(**overrides)
+    def norm(dim: int = c.emb_dim) -> nn.RMSNorm:
+        return nn.RMSNorm(dim, eps=c.norm_eps)
 
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(c.emb_dim, eps=c.norm_eps)
-
-        def block() -> Block:
-            attn = Attention(c.emb_dim, c.nheads, c.kvheads, c.head_dim, c.attn_bias, attention_scale, c.p_dropout)
-            ff = GatedLinearUnit(c.emb_dim, c.hidden_dim, c.activation_fn, c.mlp_bias)
-            return Block(norm(), attn, norm(), ff, residual_scale)
-
-        super().__init__(
-            c,
-            embedding=nn.Embedding(c.src_vocab_size, c.emb_dim, padding_idx=c.pad_id),
-            layers=[block() for _ in range(c.nlayers)],
-            dec_norm=norm(),
-            head=Head(c.emb_dim, c.src_vocab_size, logits_scaling),
-            rope=Rope(c.head_dim, c.rope_theta, c.rope_scaling),
-            embedding_multiplier=embedding_multiplier,
+    def block() -> Block:
+        attn = Attention(
+            c.emb_dim,
+            c.nheads,
+            c.kvheads,
+            c.head_dim,
+            c.attn_bias,
+            attention_scale,
+            c.p_dropout,
+            q_norm=norm(c.head_dim) if qk_norm else None,
+            k_norm=norm(c.head_dim) if qk_norm else None,
         )
+        ff = GatedLinearUnit(c.emb_dim, c.hidden_dim, c.activation_fn, c.mlp_bias)
+        return Block(norm(), attn, norm(), ff, residual_scale)
+
+    return {
+        "embedding": nn.Embedding(c.src_vocab_size, c.emb_dim, padding_idx=c.pad_id),
+        "layers": [block() for _ in range(c.nlayers)],
+        "dec_norm": norm(),
+        "head": Head(c.emb_dim, c.src_vocab_size, logits_scaling),
+        "rope": Rope(c.head_dim, c.rope_theta, c.rope_scaling),
+        "embedding_multiplier": embedding_multiplier,
+        "window": window,
+    }
+
+
+class LLaMA(Decoder):
+    """The parts as they are."""
+
+    def __init__(self, config: LLaMAConfig | None = None, /, **overrides: Any):
+        c = (config or _7B).updated(**overrides)
+        super().__init__(c, **llama_parts(c))
 
 
 _7B = LLaMAConfig()

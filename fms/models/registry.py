@@ -9,7 +9,8 @@ from fms.utils.serialization.checkpoint import Checkpoint
 from fms.utils.serialization.errors import CheckpointError, nearest
 
 Factory = Callable[..., Any]  # overrides of the configuration to a module
-UNLIKE = {"max_expected_seq_len", "pad_id", "p_dropout"}  # may differ between a variant and a directory: logits stay
+# may differ between a variant and a directory, as logits stay
+UNLIKE = {"max_expected_seq_len", "pad_id", "p_dropout", "attn_dropout", "head_dropout", "labels", "pooler"}
 _FACTORIES: dict[str, dict[str, Factory]] = {}
 
 

@@ -1,4 +1,4 @@
-"""The pre-norm residual block, in the form that is read, trained and tuned."""
+"""The residual blocks, pre-norm and post-norm, in the form that is read, trained and tuned."""
 
 from torch import Tensor, nn
 
@@ -21,3 +21,16 @@ class Block(nn.Module):
     ) -> Tensor:
         x = x + self.scale * self.dropout(self.attn(self.ln(x), angles, mask, layer))
         return x + self.scale * self.dropout(self.ff(self.ff_ln(x)))
+
+
+class EncoderBlock(nn.Module):
+    """`ln(x + attn(x))`, then `ff_ln(x + ff(x))`: the post-norm block; `dropout` is that of both branches."""
+
+    def __init__(self, attn: Attention, ln: nn.Module, ff: nn.Module, ff_ln: nn.Module, dropout: float = 0.0):
+        super().__init__()
+        self.attn, self.ln, self.ff, self.ff_ln = attn, ln, ff, ff_ln
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.ln(x + self.dropout(self.attn(x, None, mask, None)))
+        return self.ff_ln(x + self.dropout(self.ff(x)))

@@ -3,8 +3,9 @@
 The contract that a model relies on: `cache.advance(n)` makes room for n more tokens a row and returns their positions
 (1 or b, n) and the mask they need (None: causal among themselves with nothing before, or a single token that sees all);
 `cache.layers[i].update(k, v)` stores the new keys and values (b, kvheads, n, head_dim) and returns all to attend to;
-`cache.span` is how long the sequences may get, an int or one a row (b, 1), for rotary frequencies that depend on it, or
-`None` where that is not known.
+`cache.take`, where a cache has it, says how many of the next pass's tokens each row really has, the rest being padding
+on its right; it holds for one pass. `cache.span` is how long the sequences may get, an int or one a row (b, 1), for
+rotary frequencies that depend on it, or `None` where that is not known.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,15 @@ import torch
 from torch import Tensor
 
 from fms.kernels.attend import LayerCache
+
+
+def visible(positions: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
+    """Which keys a token sees: those not behind it and, with a window, nearer than that many places.
+
+    Positions (b or 1, n) and those of keys (b or 1, kv) give a mask (b or 1, 1, n, kv).
+    """
+    ahead = positions[:, None, :, None] - keys[:, None, None, :]
+    return ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
 
 
 class Cache(Protocol):
@@ -47,8 +57,8 @@ class StaticLayer:
 class StaticCache:
     """Buffers allocated once for `batch` rows of at most `max_len` tokens. A token's slot is its position.
 
-    Rows may hold different numbers of tokens: shorter inputs are padded on the right, and what the padding wrote is
-    given back with `rewind`, so it is never attended to. New tokens always go behind a row's own last one.
+    Rows may hold different numbers of tokens: shorter inputs are padded on the right and `take` says by how much. What
+    padding writes lies behind a row's own tokens, where it is never attended to and the row's next tokens overwrite it.
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class StaticCache:
         self.layers = [StaticLayer((batch, kvheads, max_len, head_dim), dtype, self.device) for _ in range(nlayers)]
         self.length = 0  # of the longest row
         self.lengths: Tensor | None = None  # (b, 1), where rows differ
+        self.take: Tensor | None = None  # (b, 1)
         self.span: int | Tensor = max_len
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
@@ -76,15 +87,16 @@ class StaticCache:
         if self.lengths is None:
             positions = (steps + first)[None]
             if first and n > 1:
-                mask = positions[:, None, :, None] >= torch.arange(end, device=self.device)  # 1 1 n kv
+                mask = visible(positions, torch.arange(end, device=self.device)[None])
         else:
             positions = self.lengths + steps
             slots = torch.arange(self.batch, device=self.device)[:, None], positions
-            mask = positions[:, None, :, None] >= torch.arange(end, device=self.device)  # b 1 n kv
-            self.lengths = self.lengths + n
+            mask = visible(positions, torch.arange(end, device=self.device)[None])
         for layer in self.layers:
             layer.first, layer.end, layer.slots = first, end, slots
-        self.length = end
+        if self.lengths is not None or self.take is not None:
+            self.lengths = positions[:, :1] + (n if self.take is None else self.take)
+        self.length, self.take = end, None
         return positions, mask
 
     def held(self) -> list[int]:
@@ -104,9 +116,11 @@ class StaticCache:
 class Recompute:
     """No cache: every pass starts anew. Carries only the `span` that a cached run of the same sequences would have."""
 
-    def __init__(self, nlayers: int, span: int | Tensor, device: torch.device | str = "cpu"):
+    def __init__(self, nlayers: int, span: int | Tensor, device: torch.device | str = "cpu", window: int | None = None):
         self.layers = [None] * nlayers
-        self.span, self.device = span, device
+        self.span, self.device, self.window = span, device, window
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
-        return torch.arange(n, device=self.device)[None], None
+        positions = torch.arange(n, device=self.device)[None]
+        past = self.window is not None and n > self.window
+        return positions, visible(positions, positions, self.window) if past else None

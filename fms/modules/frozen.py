@@ -1,7 +1,7 @@
-"""The inference form of a block: fused weights, five operations."""
+"""The inference forms of the blocks: fused weights, five operations."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from fms.kernels.linear_add import linear_add
 from fms.kernels.norm_glu import norm_glu
 from fms.kernels.norm_linear import norm_linear
 from fms.modules.attention import Attention
-from fms.modules.block import Block
+from fms.modules.block import Block, EncoderBlock
 from fms.modules.feedforward import FeedForward, GatedLinearUnit
 
 
@@ -37,18 +37,18 @@ def fuse(*linears: nn.Linear) -> Fused:
     return Fused(*fused)  # type: ignore[arg-type]
 
 
-class FrozenBlock(nn.Module):
-    """What `Block` computes, for inference only: {norm + q,k,v}, {rotary + cache + attention}, {dense + residual},
-    {norm + up + activation}, {down + residual}. The parts keep their names; `forward` uses what `fuse` took of them.
-    """
+class Frozen(nn.Module):
+    """A block's parts, under their names, and their weights as `forward` uses them: what `fuse` took of the parts."""
 
-    def __init__(self, block: Block):
+    attn: Attention
+    ff: GatedLinearUnit | FeedForward
+
+    def __init__(self, block: Block | EncoderBlock):
         super().__init__()
         assert isinstance(block.ff, GatedLinearUnit | FeedForward)
-        self.ln, self.ff_ln, self.scale = block.ln, block.ff_ln, block.scale
-        self.attn: Attention = block.attn
-        self.ff: GatedLinearUnit | FeedForward = block.ff
+        self.ln, self.attn, self.ff_ln, self.ff = block.ln, block.attn, block.ff_ln, block.ff
         self.requires_grad_(False)
+        self.register_load_state_dict_post_hook(_fuse_again)
         self.fuse()
 
     def fuse(self) -> None:
@@ -67,6 +67,19 @@ class FrozenBlock(nn.Module):
         self.fuse()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # a copy's views are tensors of their own
+        self.fuse()
+
+
+class FrozenBlock(Frozen):
+    """What `Block` computes, for inference only: {norm + q,k,v}, {rotary + cache + attention}, {dense + residual},
+    {norm + up + activation}, {down + residual}."""
+
+    def __init__(self, block: Block):
+        super().__init__(block)
+        self.scale = block.scale
+
     def forward(
         self, x: Tensor, angles: Angles | None, mask: Tensor | None = None, layer: LayerCache | None = None
     ) -> Tensor:
@@ -75,3 +88,20 @@ class FrozenBlock(nn.Module):
         x = linear_add(heads, self.dense, x, self.scale)
         h = norm_glu(x, self.ff_ln, self.up, self.activation, self.gated)
         return linear_add(h, self.down, x, self.scale)
+
+
+class FrozenEncoderBlock(Frozen):
+    """What `EncoderBlock` computes: {q,k,v}, {attention}, {dense + residual}, norm, {up + activation},
+    {down + residual}, norm."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        qkv = norm_linear(x, None, self.qkv)
+        heads = attend_packed(qkv, *self.heads, None, mask, None, self.score_scale, causal=False, norms=self.norms)
+        x = self.ln(linear_add(heads, self.dense, x))
+        h = norm_glu(x, None, self.up, self.activation, self.gated)
+        return self.ff_ln(linear_add(h, self.down, x))
+
+
+def _fuse_again(block: Frozen, _: Any) -> None:
+    """After a state dict: loaded with `assign=True` it replaced the views."""
+    block.fuse()

@@ -53,8 +53,25 @@ def check_fields(kind: type, names: Iterable[str]) -> None:
             raise ValueError(f"{kind.__name__} has no field {name!r}{nearest(name, known)}; it has {', '.join(known)}")
 
 
+def check_values(config: Any, sizes: Iterable[str]) -> None:
+    """Raise `ValueError` for what can't be: sizes, the activation, the padding id, a dropout."""
+    for name in sizes:
+        if not isinstance(size := getattr(config, name), int) or size < 1:
+            raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
+    if config.activation_fn not in ACTIVATIONS:
+        raise ValueError(
+            f"activation_fn={config.activation_fn!r} is not known{nearest(config.activation_fn, ACTIVATIONS)}; "
+            f"known are {', '.join(ACTIVATIONS)}"
+        )
+    if config.pad_id is not None and not 0 <= config.pad_id < config.src_vocab_size:
+        raise ValueError(f"pad_id={config.pad_id} must lie in the vocabulary of {config.src_vocab_size}")
+    for name in (f.name for f in fields(config) if f.name.endswith("dropout")):
+        if (share := getattr(config, name)) is not None and not 0 <= share < 1:
+            raise ValueError(f"{name}={share} must lie in [0, 1)")
+
+
 @dataclass(frozen=True)
-class DecoderConfig(ModelConfig):
+class CausalConfig(ModelConfig):
     """The vocabulary that causal families share. Sizes are counts of elements; `None` means there is none."""
 
     src_vocab_size: int = 32_000
@@ -67,8 +84,6 @@ class DecoderConfig(ModelConfig):
     norm_eps: float = 1e-5
     activation_fn: str = "silu"
     max_expected_seq_len: int = 4096
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
     attn_bias: bool = False
     mlp_bias: bool = False
     tie_heads: bool = False
@@ -76,28 +91,33 @@ class DecoderConfig(ModelConfig):
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, dict):
-            check_fields(RopeScaling, self.rope_scaling)
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
-        for name in SIZES:
-            if not isinstance(size := getattr(self, name), int) or size < 1:
-                raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
-        if self.activation_fn not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_fn={self.activation_fn!r} is not known{nearest(self.activation_fn, ACTIVATIONS)}; "
-                f"known are {', '.join(ACTIVATIONS)}"
-            )
+        check_values(self, SIZES)
         if self.nheads % self.kvheads:
             raise ValueError(f"nheads={self.nheads} must be a multiple of kvheads={self.kvheads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings pair its two halves")
-        if self.pad_id is not None and not 0 <= self.pad_id < self.src_vocab_size:
-            raise ValueError(f"pad_id={self.pad_id} must lie in the vocabulary of {self.src_vocab_size}")
-        if not 0 <= self.p_dropout < 1:
-            raise ValueError(f"p_dropout={self.p_dropout} must lie in [0, 1)")
 
     @property
     def max_positions(self) -> int:
-        """How many positions the model takes: a scaling that stretches the original context counts."""
+        """How many positions the model takes."""
+        return self.max_expected_seq_len
+
+
+@dataclass(frozen=True)
+class DecoderConfig(CausalConfig):
+    """The same, for families with rotary positions."""
+
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.rope_scaling, dict):
+            check_fields(RopeScaling, self.rope_scaling)
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings pair its two halves")
+
+    @property
+    def max_positions(self) -> int:
+        """A scaling that stretches the original context counts."""
         scaling = self.rope_scaling
         return self.max_expected_seq_len if scaling is None else scaling.stretched(self.max_expected_seq_len)

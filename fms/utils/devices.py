@@ -23,8 +23,8 @@ def device_of(name: str | torch.device) -> torch.device:
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
     """A floating data type by name ("bf16", "bfloat16"); `None` stays. Raises `ValueError` for another name."""
-    if isinstance(name, str):
-        if name not in DTYPES:
-            raise ValueError(f"data_type={name!r} is not known{nearest(name, DTYPES)}; known are {', '.join(DTYPES)}")
-        return DTYPES[name]
-    return name
+    if name is None or (isinstance(name, torch.dtype) and name.is_floating_point):
+        return name
+    if name not in DTYPES:
+        raise ValueError(f"data_type={name!r} is not known{nearest(str(name), DTYPES)}; known are {', '.join(DTYPES)}")
+    return DTYPES[name]

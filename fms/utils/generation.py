@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fms.modules.cache import Recompute, StaticCache
+from fms.modules.cache import StaticCache
 from fms.utils.sampling import Sampling, choose, penalise
 from fms.utils.serialization.errors import nearest
 from fms.utils.tokenizers import BaseTokenizer
@@ -177,7 +177,7 @@ class Run:
         self.prompts = [p.to(self.device) for p in prompts]
         self.lengths = [len(p) for p in prompts]
 
-        held = 0 if cache is None else cache.length
+        held = 0 if cache is None else max(cache.held())
         longest = held + max(self.lengths)
         limit = min(max_seq_len or model.config.max_positions, model.config.max_positions)
         if cache is not None:
@@ -212,45 +212,42 @@ class Run:
         seen = self._seen()
         began = time.perf_counter()
         logits, kwargs = self._prefill()
-        counts = [0] * len(self.prompts)
-        try:
-            for i in range(self.max_new_tokens):
-                if seen is not None:
-                    logits = penalise(logits, seen, self.how.repetition_penalty)
-                tokens, fit = choose(logits, self.how, rows, start + i)
-                if self.after is not None:
-                    changed, kwargs = self.after(max(self.lengths) + i, logits, tokens[:, None], kwargs)
-                    tokens = changed.flatten()
-                if seen is not None:
-                    seen[rows, tokens] = True
-                step: list[int | None] = []
-                for r, (token, good) in enumerate(zip(tokens.tolist(), fit.tolist(), strict=True)):
-                    if not good and not ended[r]:
-                        raise ValueError(
-                            f"row {r}: logits are not finite at new token {i + 1}: look at the weights "
-                            "(get_model(..., check_finite=True)) and the data type"
-                        )
-                    step.append(None if ended[r] else token)
-                    if ended[r]:
-                        continue
-                    counts[r] += 1
-                    ended[r] = token in self.eos
-                    if texts:
-                        tails[r] += texts[r].put(token)
-                        ended[r] |= any(s in tails[r] for s in self.stop)
-                        tails[r] = tails[r][-max(map(len, self.stop)) :]
-                now = time.perf_counter()
-                if i == 0:
-                    self.timing.first_token = now - began
-                else:
-                    self.timing.steps.append(now - began)
-                yield step
-                if all(ended) or i + 1 == self.max_new_tokens:
-                    break
-                began = time.perf_counter()
-                logits, kwargs = self._decode(i + 1, tokens[:, None], kwargs)
-        finally:
-            self._settle(counts)
+        for i in range(self.max_new_tokens):
+            if seen is not None:
+                logits = penalise(logits, seen, self.how.repetition_penalty)
+            tokens, fit = choose(logits, self.how, rows, start + i)
+            if self.after is not None:
+                changed, kwargs = self.after(max(self.lengths) + i, logits, tokens[:, None], kwargs)
+                tokens = changed.flatten()
+            if seen is not None:
+                seen[rows, tokens] = True
+            step: list[int | None] = []
+            for r, (token, good) in enumerate(zip(tokens.tolist(), fit.tolist(), strict=True)):
+                if not good and not ended[r]:
+                    raise ValueError(
+                        f"row {r}: logits are not finite at new token {i + 1}: look at the weights "
+                        "(get_model(..., check_finite=True)) and the data type"
+                    )
+                step.append(None if ended[r] else token)
+                if ended[r]:
+                    continue
+                ended[r] = token in self.eos
+                if texts:
+                    tails[r] += texts[r].put(token)
+                    ended[r] |= any(s in tails[r] for s in self.stop)
+                    tails[r] = tails[r][-max(map(len, self.stop)) :]
+            now = time.perf_counter()
+            if i == 0:
+                self.timing.first_token = now - began
+            else:
+                self.timing.steps.append(now - began)
+            yield step
+            if all(ended) or i + 1 == self.max_new_tokens:
+                break
+            began = time.perf_counter()
+            if any(ended) and self.cache is not None:
+                self.cache.take = torch.tensor([[int(not end)] for end in ended], device=self.device)
+            logits, kwargs = self._decode(i + 1, tokens[:, None], kwargs)
 
     def _held(self) -> list[int]:
         return self.cache.held() if self.cache is not None else [0] * len(self.prompts)
@@ -270,20 +267,20 @@ class Run:
         self.whole = torch.nn.utils.rnn.pad_sequence(list(self.prompts), batch_first=True)
         if self.cache is None:
             return self._step(0, self.whole, {})
-        longest, before = max(self.lengths), self._held()
+        longest = max(self.lengths)
         if min(self.lengths) == longest:
-            for chunk in self.whole[:, :-1].split(PREFILL_CHUNK, 1) if longest > PREFILL_CHUNK else ():
+            *chunks, rest = self.whole.split(PREFILL_CHUNK, 1)
+            for chunk in chunks:
                 self.model.hidden(chunk, cache=self.cache)
-            rest = self.whole[:, self.cache.length - max(before) :]
             return self._step(0, rest, {"cache": self.cache})
         ends = torch.tensor(self.lengths, device=self.device) - 1
         last: Tensor | None = None
         for first in range(0, longest, PREFILL_CHUNK):
+            self.cache.take = (ends[:, None] + 1 - first).clamp(0, PREFILL_CHUNK)
             h = self.model.hidden(self.whole[:, first : first + PREFILL_CHUNK], cache=self.cache)
             inside = (ends >= first) & (ends < first + h.shape[1])
             here = h[torch.arange(len(h), device=h.device), (ends - first).clamp(0, h.shape[1] - 1)]
             last = here if last is None else torch.where(inside[:, None], here, last)
-        self.cache.rewind(self.first)
         return self.model.head(last), {"cache": self.cache}
 
     def _decode(self, i: int, tokens: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -302,15 +299,10 @@ class Run:
             input_ids, kwargs = self.before(i, input_ids, kwargs)
         if self.cache is not None:
             return self.model(input_ids, last_n_tokens=1, **kwargs)[:, -1], kwargs
-        anew = Recompute(len(self.model.layers), self.span, self.device)
+        anew = self.model.no_cache(self.span)
         h = self.model.hidden(input_ids, **({"cache": anew} | kwargs))
         ends = torch.tensor(self.lengths, device=self.device) + i - 1
         return self.model.head(h[torch.arange(len(h), device=h.device), ends]), kwargs
-
-    def _settle(self, counts: list[int]) -> None:
-        """Leave in the cache what belongs to each row: its prompt and its tokens but the last, which was never fed."""
-        if self.cache is not None:
-            self.cache.rewind([first + max(n - 1, 0) for first, n in zip(self.first, counts, strict=True)])
 
 
 def _prompts(given: Any, tokenizer: BaseTokenizer | None) -> tuple[list[Tensor], Callable[..., Any]]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fms.modules.cache import visible
+
 
 @dataclass
 class _Room:
@@ -61,11 +63,14 @@ class ExpandableTensor(Tensor):
         room.used = length + n
         return self._of(room, dim, length + n)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpandableTensor":
+        return ExpandableTensor(self.plain(), self._dim)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (torch.cat, torch.concat) and (append := _appending(*args, **(kwargs or {}))):
+        if func in (torch.cat, torch.concat, torch.concatenate) and (append := _appending(*args, **(kwargs or {}))):
             first, rest = append
             with torch._C.DisableTorchFunctionSubclass():
                 for more in rest:
@@ -75,13 +80,13 @@ class ExpandableTensor(Tensor):
             return func(*args, **(kwargs or {}))
 
 
-def _appending(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> tuple[ExpandableTensor, list[Tensor]] | None:
+def _appending(tensors: Sequence[Tensor], dim: int = 0, **others: Any) -> tuple[ExpandableTensor, list[Tensor]] | None:
+    """What is appended to, and what is, if `torch.cat` with these arguments can be done in place."""
     first, *rest = tensors
-    if not isinstance(first, ExpandableTensor) or dim % first.dim() != first._dim:
+    if others or not isinstance(first, ExpandableTensor) or dim not in (first._dim, first._dim - first.dim()):
         return None
-    same = all(t.dtype == first.dtype and t.device == first.device for t in rest)
-    fits = all(t.shape[i] == n for t in rest for i, n in enumerate(first.shape) if i != first._dim)
-    return (first, rest) if same and fits else None
+    across = lambda t: (t.dtype, t.device, *t.shape[: first._dim], None, *t.shape[first._dim + 1 :])
+    return (first, rest) if all(across(t) == across(first) for t in rest) else None
 
 
 class _GrowingLayer:
@@ -98,35 +103,36 @@ class _GrowingLayer:
 
 
 class GrowingCache:
-    """A cache for conversations of unknown length: rows are equally long, memory doubles when it is full.
+    """A cache for one conversation of unknown length: memory doubles when it is full.
 
     Not for rotary frequencies that depend on the final length (`RopeScaling` of kind dynamic), which is not known here.
     """
 
+    batch = 1
     max_len = 2**31  # no limit of its own
     span = None
 
-    def __init__(self, nlayers: int, batch: int = 1, device: torch.device | str = "cpu"):
+    def __init__(self, nlayers: int, device: torch.device | str = "cpu", window: int | None = None):
         self.layers = [_GrowingLayer() for _ in range(nlayers)]
-        self.batch, self.device, self.length = batch, device, 0
+        self.device, self.window, self.length = device, window, 0
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
         positions = torch.arange(self.length, self.length + n, device=self.device)[None]
-        mask = None
-        if self.length and n > 1:
-            mask = positions[:, None, :, None] >= torch.arange(self.length + n, device=self.device)
-        self.length += n
+        mask, end = None, self.length + n
+        if (self.length and n > 1) or (self.window is not None and end > self.window):
+            mask = visible(positions, torch.arange(end, device=self.device)[None], self.window)
+        self.length = end
         return positions, mask
 
     def held(self) -> list[int]:
-        """How many tokens each row has."""
-        return [self.length] * self.batch
+        """How many tokens it has, as the only row."""
+        return [self.length]
 
     def rewind(self, lengths: Sequence[int]) -> None:
-        """Forget all but the first tokens of each row, as many for all."""
-        (length,) = set(lengths) if len(set(lengths)) == 1 else (-1,)
+        """Forget all but the first `lengths[0]` tokens."""
+        (length,) = lengths
         if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind {self.batch} rows of {self.length} tokens to {list(lengths)}")
+            raise ValueError(f"cannot rewind a row of {self.length} tokens to {length}")
         for layer in self.layers:
             if layer.k is not None and layer.v is not None:
                 layer.k, layer.v = layer.k.narrowed(length), layer.v.narrowed(length)

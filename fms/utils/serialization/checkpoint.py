@@ -60,21 +60,26 @@ def open_checkpoint(path: str | Path, source: str | None = None, architecture: s
     if source == found:
         values, kind = _values(source, config_file, reader)
         if kind is not None:
-            named = find_by_kind(source, kind)
-            if named is None:
-                known = known_kinds(source)
+            model_class = next(iter(values.get("architectures") or ()), None) if values and source == "hf" else None
+            named = find_by_kind(source, kind, model_class)
+            fit = [name for name, of_class in named.items() if of_class]
+            if not fit and architecture not in named:
+                known, missing = known_kinds(source), model_class if named else kind
                 raise CheckpointError(
-                    f"{config_file}: architecture {kind!r} is not one that this library has{nearest(kind, known)}; "
-                    f"it has {', '.join(known)}"
+                    f"{config_file}: architecture {missing!r} is not one that this library has"
+                    f"{nearest(str(missing), known)}; it has {', '.join(known)}"
                 )
-            _agree(path, architecture, named)
-            architecture = named
+            if architecture not in named:  # of one kind another head may be asked for than the file has
+                _agree(path, architecture, fit[0])
+                architecture = fit[0]
     if architecture is None:
         raise CheckpointError(f"{path}: {source} files do not say which model they are: give architecture and variant")
     if source == "own":
         return Checkpoint(path, source, architecture, None, reader)
     entry = get_source(architecture, source)
-    fields = None if values is None or entry.config is None else entry.config.read(values, str(config_file))
+    fields = None
+    if values is not None and entry.config is not None:
+        fields = entry.config.read(values, str(config_file)) | entry.config.of_names(list(reader.keys()))
     return Checkpoint(path, source, architecture, fields, reader)
 
 

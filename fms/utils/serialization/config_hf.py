@@ -1,6 +1,6 @@
 """Hugging Face's config.json, as transformers 4 and 5 write it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +83,7 @@ def read_hf_rope(left: Values, ours: Values) -> Values:
     if kind != "default":
         if kind not in ROPE_KEYS:
             raise CheckpointError(
-                f"rotary scaling {kind!r} is not known{nearest(kind, ROPE_KEYS)}; known are {', '.join(ROPE_KEYS)}"
+                f"rotary scaling {kind!r} is not known{nearest(str(kind), ROPE_KEYS)}; known are {', '.join(ROPE_KEYS)}"
             )
         values = {}
         for theirs, value in given.items():
@@ -125,22 +125,37 @@ def write_hf_rope(config: Any) -> Values:
     }
 
 
-def hf_map(model_type: str, hf_class: str, fields: Sequence[Field] = (), activation: str = "hidden_act") -> ConfigMap:
-    """The map of a causal family in Hugging Face's `config.json`: the common fields and some of its own."""
+def hf_map(
+    model_type: str,
+    hf_class: str,
+    fields: Sequence[Field] = (),
+    *,
+    base: Sequence[Field] = HF_DECODER,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
+    rope: bool = True,
+    fixed: Mapping[str, Sequence[Any]] = HF_FIXED,
+    harmless: Iterable[str] = (),
+) -> ConfigMap:
+    """The map of a causal family in Hugging Face's `config.json`: the common fields (`base`) and some of its own.
+
+    `activation` is their name of that field and what holds without it; `rope` says whether there are rotary fields.
+    """
 
     def read_more(left: Values, ours: Values) -> Values:
-        name = left.pop(activation, "silu")
+        key, default = activation
+        name = left.pop(key, default)
         if name not in ACTIVATIONS:
             raise CheckpointError(
-                f"{activation}={name!r} is not known{nearest(name, ACTIVATIONS)}; known are {', '.join(ACTIVATIONS)}"
+                f"{key}={name!r} is not known{nearest(name, ACTIVATIONS)}; known are {', '.join(ACTIVATIONS)}"
             )
         pad = ours["pad_id"]
         pad = pad if pad is not None and 0 <= pad < ours["src_vocab_size"] else None
-        return {"activation_fn": ACTIVATIONS[name], "pad_id": pad} | read_hf_rope(left, ours)
+        return {"activation_fn": ACTIVATIONS[name], "pad_id": pad} | (read_hf_rope(left, ours) if rope else {})
 
     def write_more(config: Any) -> Values:
         theirs = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation_fn]
-        return {activation: theirs} | write_hf_rope(config)
+        return {activation[0]: theirs} | (write_hf_rope(config) if rope else {})
 
     constants = {"architectures": [hf_class], "model_type": model_type}
-    return ConfigMap((model_type,), [*HF_DECODER, *fields], HF_FIXED, HF_HARMLESS, constants, read_more, write_more)
+    known = HF_HARMLESS | frozenset(harmless)
+    return ConfigMap((model_type,), [*base, *fields], fixed, known, constants, read_more, write_more)

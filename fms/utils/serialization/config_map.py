@@ -1,6 +1,6 @@
 """Configurations of other formats, read and written by tables of fields beside each family."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ class ConfigMap:
     having the first.
     `harmless` are known not to change the result, a trailing `*` standing for any ending.
     `read_more` takes what it understands out of their values and returns ours, `write_more` is its inverse.
+    `classes` are those of transformers (`architectures`) that are this architecture, where one kind has several; with
+    none it is every class's. `of_names` gives what only the names of the tensors tell.
     """
 
     kinds: tuple[str, ...]
@@ -31,6 +33,8 @@ class ConfigMap:
     constants: Mapping[str, Any]
     read_more: Callable[[Values, Values], Values]
     write_more: Callable[[Any], Values]
+    classes: tuple[str, ...] = ()
+    of_names: Callable[[Iterable[str]], Values] = lambda names: {}
 
     def read(self, values: Values, where: str) -> Values:
         """Our fields. Raises `CheckpointError` on a field that is missing, not known, or of a value we do not have."""

@@ -43,15 +43,17 @@ def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[
 
 def _badly_split(parts: Mapping[str, Part], reader: Reader) -> list[str]:
     """Source tensors that have too few rows for the parts taken of them, or are split and have rows left over."""
-    taken: dict[str, list[str]] = {}
+    taken: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for name, part in parts.items():
-        if part.rows is not None:
-            taken.setdefault(part.key, []).append(name)
+        for piece in part.pieces:
+            if piece.rows is not None:
+                taken.setdefault((piece.key, piece.dim), []).append((name, piece.end))
     wrong = []
-    for key, names in taken.items():
-        rows, end = reader.shape(key)[0], max(parts[name].end for name in names)
-        if rows < end or (rows > end and len(names) > 1):
-            wrong.append(f"{', '.join(names)}: {key} has {rows} rows, the model wants {end}")
+    for (key, dim), pieces in taken.items():
+        rows, end = (*reader.shape(key)[dim : dim + 1], 0)[0], max(end for _, end in pieces)
+        if rows < end or (rows > end and len(pieces) > 1):
+            names = ", ".join(dict.fromkeys(name for name, _ in pieces))
+            wrong.append(f"{names}: {key} has {rows} rows, the model wants {end}")
     return wrong
 
 

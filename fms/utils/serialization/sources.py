@@ -42,14 +42,17 @@ def get_source(architecture: str, source: str) -> Source:
     return _SOURCES[architecture][source]
 
 
-def find_by_kind(source: str, kind: str) -> str | None:
-    """The architecture that a format's configuration names (`model_type`, `general.architecture`), if it is known."""
+def find_by_kind(source: str, kind: str, model_class: str | None = None) -> dict[str, bool]:
+    """The architectures that a format's configuration may mean by a kind (`model_type`, `general.architecture`), and
+    whether they are the one of this class; without a class all are, and the first is the usual one."""
+    found = {}
     for architecture, sources in _SOURCES.items():
         if source in sources and (config := sources[source].config) and kind in config.kinds:
-            return architecture
-    return None
+            found[architecture] = model_class is None or not config.classes or model_class in config.classes
+    return found
 
 
 def known_kinds(source: str) -> list[str]:
-    """All names of architectures that a format's configurations may have."""
-    return [k for s in _SOURCES.values() if source in s and (c := s[source].config) for k in c.kinds]
+    """All names of architectures that a format's configurations may have, and of classes where these decide."""
+    configs = [config for sources in _SOURCES.values() if source in sources and (config := sources[source].config)]
+    return list(dict.fromkeys(name for config in configs for name in (*config.kinds, *config.classes)))

@@ -1,0 +1,128 @@
+"""The frozen form is the same model: names, values, loading, moving, copying; without a second copy of the weights."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fms.models import Decoder, freeze, get_model
+from fms.models.freeze import is_frozen
+from fms.modules.frozen import FrozenBlock
+
+SHAPE: dict[str, Any] = {
+    "nlayers": 2,
+    "src_vocab_size": 40,
+    "emb_dim": 16,
+    "nheads": 4,
+    "kvheads": 2,
+    "head_dim": 6,
+    "hidden_dim": 24,
+    "attn_bias": True,
+    "mlp_bias": True,
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.8,
+    "logits_scaling": 0.5,
+}
+
+
+def random_model(seed: int = 0, **fields: Any) -> Decoder:
+    """Weights of standard deviation 0.3, biases and norms included."""
+    torch.manual_seed(seed)
+    model = get_model("granite", "8b", **(SHAPE | fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def logits(model: Decoder) -> Tensor:
+    with torch.no_grad():
+        return model(torch.arange(20).view(2, 10))
+
+
+def storage(model: Decoder) -> int:
+    """Bytes behind parameters and what the frozen blocks compute with, each storage once."""
+    tensors = list(model.parameters())
+    for block in model.layers:
+        if isinstance(block, FrozenBlock):
+            tensors += [t for fused in (block.qkv, block.dense, block.up, block.down) for t in fused if t is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_values_and_memory_stay(tied: bool) -> None:
+    model = random_model(tie_heads=tied)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    size, want = storage(model), logits(model)
+    assert not is_frozen(model)
+    assert freeze(model) is model
+    assert is_frozen(model)
+    assert list(model.state_dict()) == list(before)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert storage(model) == size
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+    assert (model.head.weight is model.embedding.weight) == tied
+    torch.testing.assert_close(logits(model), want)
+    blocks = list(model.layers)
+    freeze(model)
+    assert all(a is b for a, b in zip(model.layers, blocks, strict=True))
+
+
+def saved_and_loaded(model: Decoder) -> Decoder:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+CHANGES: dict[str, Callable[[Decoder], Decoder]] = {
+    "load_state_dict": lambda model: load(model, assign=False),
+    "load_state_dict(assign=True)": lambda model: load(model, assign=True),
+    "deepcopy, then load": lambda model: load(copy.deepcopy(model), assign=False),
+    "pickle, then load": lambda model: load(saved_and_loaded(model), assign=False),
+    "to(float64) and back": lambda model: load(model, assign=False).double().float(),
+    "a block alone": lambda model: load_block(model),
+}
+
+
+def load(model: Decoder, assign: bool) -> Decoder:
+    model.load_state_dict(random_model(1).state_dict(), assign=assign)
+    return model
+
+
+def load_block(model: Decoder) -> Decoder:
+    other = random_model(1)
+    for i, block in enumerate(model.layers):
+        block.load_state_dict(other.layers[i].state_dict())
+    for part in ("embedding", "dec_norm", "head"):
+        getattr(model, part).load_state_dict(getattr(other, part).state_dict())
+    return model
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_new_weights_are_computed_with(change: str) -> None:
+    model = freeze(random_model())
+    size, want = storage(model), logits(random_model(1))
+    assert not torch.allclose(logits(model), want, atol=0.1)
+    model = CHANGES[change](model)
+    torch.testing.assert_close(logits(model), want)
+    assert storage(model) == size
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_to_a_dtype(dtype: torch.dtype) -> None:
+    model = freeze(random_model())
+    size = storage(model)
+    want = logits(random_model().to(dtype))
+    model.to(dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert storage(model) == size * dtype.itemsize // 4
+    torch.testing.assert_close(logits(model), want, rtol=0.05 if dtype == torch.bfloat16 else 1e-6, atol=0.05)
