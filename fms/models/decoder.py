@@ -18,6 +18,8 @@ class Decoder(nn.Module):
     `model(input_ids)` gives logits (b, s, vocabulary), `model.hidden(...)` the states (b, s, emb_dim) before the head.
     """
 
+    causal = True
+
     def __init__(
         self,
         config: CausalConfig,
@@ -48,14 +50,17 @@ class Decoder(nn.Module):
         if self.config.tie_heads:
             self.head.weight = self.embedding.weight
 
-    def make_cache(self, batch: int, max_len: int) -> StaticCache | RollingCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens; of a model with a window it holds the window."""
+    def make_cache(self, batch: int, max_len: int, slack: int = 0) -> StaticCache | RollingCache:
+        """An empty cache for `batch` rows of at most `max_len` tokens; of a model with a window it holds the window.
+
+        `slack` is room for the padding of rows that have ended while others go on.
+        """
         self._check_length(max_len)
         weight, c = self.embedding.weight, self.config
         shape = (c.nlayers, c.kvheads, c.head_dim, weight.dtype, weight.device)
         if self.window is not None and self.window < max_len:
-            return RollingCache(batch, max_len, self.window, *shape)
-        return StaticCache(batch, max_len, *shape)
+            return RollingCache(batch, max_len + slack, self.window, *shape)
+        return StaticCache(batch, max_len + slack, *shape)
 
     def no_cache(self, span: int | Tensor) -> Recompute:
         """What stands for a cache when each pass starts anew; `span` as for a cache."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fms.modules.attention import Attention
 from fms.modules.block import EncoderBlock
+from fms.modules.embedding import Embedding
 from fms.modules.encoder_heads import ClassificationHead, MaskedLMHead, Pooler, SpanHead
 from fms.modules.feedforward import FeedForward
 from fms.modules.initial import reset_parameters
@@ -51,6 +52,10 @@ class EncoderConfig(ModelConfig):
         return self.emb_dim // self.nheads
 
     @property
+    def max_positions(self) -> int:
+        return self.max_expected_seq_len
+
+    @property
     def first_position(self) -> int:
         """That of the first token."""
         return self.pad_id + 1 if self.position_after_pad and self.pad_id is not None else 0
@@ -87,13 +92,15 @@ class Encoder(nn.Module):
     states where there is none.
     """
 
+    causal = False
+
     def __init__(self, config: EncoderConfig, head: nn.Module | None = None, pooler: Pooler | None = None):
         super().__init__()
         self.config = c = config
         rows, pad = c.first_position + c.max_expected_seq_len, c.pad_id if c.position_after_pad else None
-        self.embedding = nn.Embedding(c.src_vocab_size, c.emb_dim, padding_idx=c.pad_id)
-        self.position_embedding = nn.Embedding(rows, c.emb_dim, padding_idx=pad)
-        self.token_type_embedding = nn.Embedding(c.type_vocab_size, c.emb_dim)
+        self.embedding = Embedding(c.src_vocab_size, c.emb_dim, padding_idx=c.pad_id)
+        self.position_embedding = Embedding(rows, c.emb_dim, padding_idx=pad)
+        self.token_type_embedding = Embedding(c.type_vocab_size, c.emb_dim)
         self.enc_norm = nn.LayerNorm(c.emb_dim, eps=c.norm_eps)
         self.dropout = nn.Dropout(c.p_dropout)
 
@@ -159,15 +166,16 @@ class Encoder(nn.Module):
     def _positions(self, input_ids: Tensor) -> Tensor:
         """Embeddings do not tell which of them are padding: they count as real."""
         c = self.config
-        if c.position_after_pad and not input_ids.is_floating_point():
+        if c.position_after_pad and c.pad_id is not None and not input_ids.is_floating_point():
             real = input_ids.ne(c.pad_id)
             return real.cumsum(1) * real + c.pad_id
         return torch.arange(c.first_position, c.first_position + input_ids.shape[1], device=input_ids.device)[None]
 
 
-def masked_lm(config: EncoderConfig, /, **overrides: Any) -> Encoder:
+def masked_lm(config: EncoderConfig, activation: str | None = None, /, **overrides: Any) -> Encoder:
+    """`activation` is the head's, that of the blocks where it is `None`."""
     c = config.updated(**overrides)
-    return Encoder(c, MaskedLMHead(c.emb_dim, c.src_vocab_size, c.activation_fn, c.norm_eps))
+    return Encoder(c, MaskedLMHead(c.emb_dim, c.src_vocab_size, activation or c.activation_fn, c.norm_eps))
 
 
 def classifier(config: ClassificationConfig, drop_input: bool, /, **overrides: Any) -> Encoder:

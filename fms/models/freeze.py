@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from fms.modules.block import Block, EncoderBlock
@@ -18,6 +19,8 @@ def freeze(model: Any) -> Any:
             model.layers[i] = FrozenBlock(block)
         elif isinstance(block, EncoderBlock):
             model.layers[i] = FrozenEncoderBlock(block)
+        if model.embedding.weight.is_cuda:
+            torch.cuda.empty_cache()  # the parts are too small to make the next whole of: memory would grow by half
     model.tie_weights()
     return model.requires_grad_(False).eval()
 

@@ -11,6 +11,7 @@ from fms.models.decoder import Decoder
 from fms.models.registry import register_variants
 from fms.modules.attention import Attention
 from fms.modules.block import Block
+from fms.modules.embedding import Embedding
 from fms.modules.feedforward import FeedForward
 from fms.modules.head import Head
 from fms.utils.config import CausalConfig
@@ -45,8 +46,8 @@ class GPTBigCode(Decoder):
 
         super().__init__(
             c,
-            embedding=nn.Embedding(c.src_vocab_size, c.emb_dim, padding_idx=c.pad_id),
-            position_embedding=nn.Embedding(c.max_expected_seq_len, c.emb_dim),
+            embedding=Embedding(c.src_vocab_size, c.emb_dim, padding_idx=c.pad_id),
+            position_embedding=Embedding(c.max_expected_seq_len, c.emb_dim),
             emb_dropout=c.emb_dropout,
             layers=[block() for _ in range(c.nlayers)],
             dec_norm=norm(),

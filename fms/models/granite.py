@@ -23,19 +23,24 @@ class GraniteConfig(DecoderConfig):
     attention_multiplier: float = 1.0
 
 
+def granite_parts(c: GraniteConfig, **more: Any) -> dict[str, Any]:
+    """LLaMA's parts, scaled; `more` as for `llama_parts`."""
+    return llama_parts(
+        c,
+        attention_scale=c.attention_multiplier,
+        residual_scale=c.residual_multiplier,
+        embedding_multiplier=c.embedding_multiplier,
+        logits_scaling=c.logits_scaling,
+        **more,
+    )
+
+
 class Granite(Decoder):
-    """LLaMA's parts, scaled."""
+    """The scaled parts as they are."""
 
     def __init__(self, config: GraniteConfig | None = None, /, **overrides: Any):
         c = (config or _8B).updated(**overrides)
-        parts = llama_parts(
-            c,
-            attention_scale=c.attention_multiplier,
-            residual_scale=c.residual_multiplier,
-            embedding_multiplier=c.embedding_multiplier,
-            logits_scaling=c.logits_scaling,
-        )
-        super().__init__(c, **parts)
+        super().__init__(c, **granite_parts(c))
 
 
 _8B = GraniteConfig(

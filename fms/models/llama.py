@@ -1,5 +1,6 @@
 """LLaMA: configuration, parts, variants, weight tables (arXiv 2302.13971, 2307.09288, 2407.21783)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from fms.models.decoder import Decoder
 from fms.models.registry import register_variants
 from fms.modules.attention import Attention
 from fms.modules.block import Block
+from fms.modules.embedding import Embedding
 from fms.modules.feedforward import GatedLinearUnit
 from fms.modules.head import Head
 from fms.modules.positions import Rope, RopeScaling
@@ -34,6 +36,7 @@ def llama_parts(
     logits_scaling: float = 1.0,
     qk_norm: bool = False,
     window: int | None = None,
+    feed_forward: Callable[[], nn.Module] | None = None,
 ) -> dict[str, Any]:
     """What LLaMA and its kin give to `Decoder`: RMSNorm, rotary positions, grouped queries, gated linear units."""
 
@@ -52,11 +55,11 @@ def llama_parts(
             q_norm=norm(c.head_dim) if qk_norm else None,
             k_norm=norm(c.head_dim) if qk_norm else None,
         )
-        ff = GatedLinearUnit(c.emb_dim, c.hidden_dim, c.activation_fn, c.mlp_bias)
+        ff = feed_forward() if feed_forward else GatedLinearUnit(c.emb_dim, c.hidden_dim, c.activation_fn, c.mlp_bias)
         return Block(norm(), attn, norm(), ff, residual_scale)
 
     return {
-        "embedding": nn.Embedding(c.src_vocab_size, c.emb_dim, padding_idx=c.pad_id),
+        "embedding": Embedding(c.src_vocab_size, c.emb_dim, padding_idx=c.pad_id),
         "layers": [block() for _ in range(c.nlayers)],
         "dec_norm": norm(),
         "head": Head(c.emb_dim, c.src_vocab_size, logits_scaling),
@@ -178,11 +181,7 @@ QKV = ("layers.*.attn.query", "layers.*.attn.key", "layers.*.attn.value")
 FMS: list[Rule] = [
     ("base_model.embedding", "embedding"),
     ("base_model.layers.*.ln", "layers.*.ln"),
-    (
-        "base_model.layers.*.attn.in_proj.qkv_fused",
-        tuple(f"layers.*.attn.{n}" for n in ("query", "key", "value")),
-        fused_qkv,
-    ),
+    ("base_model.layers.*.attn.in_proj.qkv_fused", QKV, fused_qkv),
     ("base_model.layers.*.attn.in_proj.query", "layers.*.attn.query", query_halves),
     ("base_model.layers.*.attn.in_proj.key", "layers.*.attn.key", key_halves),
     ("base_model.layers.*.attn.in_proj.value", "layers.*.attn.value"),

@@ -8,6 +8,7 @@ from fms.models.llama import FMS, HF, llama_parts
 from fms.models.registry import register_variants
 from fms.utils.config import DecoderConfig
 from fms.utils.serialization.config_hf import hf_map
+from fms.utils.serialization.config_map import Field
 from fms.utils.serialization.sources import register_source
 
 
@@ -43,7 +44,6 @@ VARIANTS = {
     "v0.1-7b": _7B.updated(src_vocab_size=32_000, rope_theta=10_000.0, sliding_window=4096),
 }
 register_variants("mistral", Mistral, VARIANTS)
-register_source(
-    "mistral", "hf", HF, hf_map("mistral", "MistralForCausalLM", [("sliding_window", "sliding_window", None)])
-)
+WINDOW: Field = ("sliding_window", "sliding_window", lambda values: values.get("sliding_window", 4096))
+register_source("mistral", "hf", HF, hf_map("mistral", "MistralForCausalLM", [WINDOW]))
 register_source("mistral", "fms", FMS)

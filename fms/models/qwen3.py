@@ -34,6 +34,15 @@ _BASE = Qwen3Config(
 )
 VARIANTS = {
     "0.6b": _BASE.updated(emb_dim=1024, nheads=16, nlayers=28, hidden_dim=3072, tie_heads=True),
+    "embedding-0.6b": _BASE.updated(
+        src_vocab_size=151_669,
+        emb_dim=1024,
+        nheads=16,
+        nlayers=28,
+        hidden_dim=3072,
+        max_expected_seq_len=32_768,
+        tie_heads=True,
+    ),
     "1.7b": _BASE.updated(emb_dim=2048, nheads=16, nlayers=28, hidden_dim=6144, tie_heads=True),
     "4b": _BASE.updated(emb_dim=2560, nheads=32, nlayers=36, hidden_dim=9728, tie_heads=True),
     "8b": _BASE.updated(emb_dim=4096, nheads=32, nlayers=36, hidden_dim=12_288),

@@ -27,7 +27,7 @@ from fms.models.encoder_tables import (
     encoder_map,
     hf_rules,
 )
-from fms.models.registry import register_model, register_variants
+from fms.models.registry import register_model
 from fms.utils.serialization.sources import register_source
 from fms.utils.serialization.tables import Index, Rule, twin
 
@@ -45,7 +45,8 @@ VARIANTS = {
         tie_heads=False,
     ),
 }
-register_variants("roberta", masked_lm, VARIANTS)
+for _name, _config in VARIANTS.items():
+    register_model("roberta", _name, partial(masked_lm, _config, "gelu"))  # whatever the blocks' activation is
 register_model("roberta_classification", "base", partial(classifier, ClassificationConfig(), True))
 register_model("roberta_question_answering", "base", partial(question_answering, _BASE))
 register_model("roberta_embedding", "base", partial(embedding_model, EmbeddingConfig()))

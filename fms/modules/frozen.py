@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from fms.kernels.attend import Angles, LayerCache, attend_packed
 from fms.kernels.linear_add import linear_add
 from fms.kernels.norm_glu import norm_glu
-from fms.kernels.norm_linear import norm_linear
+from fms.kernels.norm_linear import norm_linear, normalise
 from fms.modules.attention import Attention
 from fms.modules.block import Block, EncoderBlock
 from fms.modules.feedforward import FeedForward, GatedLinearUnit
+from fms.modules.moe import MixtureOfExperts, SharedExpert
 
 
 class Fused(NamedTuple):
@@ -41,11 +42,11 @@ class Frozen(nn.Module):
     """A block's parts, under their names, and their weights as `forward` uses them: what `fuse` took of the parts."""
 
     attn: Attention
-    ff: GatedLinearUnit | FeedForward
+    ff: GatedLinearUnit | FeedForward | MixtureOfExperts
 
     def __init__(self, block: Block | EncoderBlock):
         super().__init__()
-        assert isinstance(block.ff, GatedLinearUnit | FeedForward)
+        assert isinstance(block.ff, GatedLinearUnit | FeedForward | MixtureOfExperts)
         self.ln, self.attn, self.ff_ln, self.ff = block.ln, block.attn, block.ff_ln, block.ff
         self.requires_grad_(False)
         self.register_load_state_dict_post_hook(_fuse_again)
@@ -57,6 +58,9 @@ class Frozen(nn.Module):
         self.heads = attn.kvheads, attn.head_dim
         self.score_scale, self.norms = attn.scale, attn.norms
         self.dense = Fused(attn.dense.weight, attn.dense.bias)
+        if isinstance(ff, MixtureOfExperts | SharedExpert):
+            ff.fuse()
+            return
         self.gated = isinstance(ff, GatedLinearUnit)
         self.up = fuse(ff.wg, ff.w1) if isinstance(ff, GatedLinearUnit) else Fused(ff.w1.weight, ff.w1.bias)
         self.activation = ff.activation
@@ -74,7 +78,8 @@ class Frozen(nn.Module):
 
 class FrozenBlock(Frozen):
     """What `Block` computes, for inference only: {norm + q,k,v}, {rotary + cache + attention}, {dense + residual},
-    {norm + up + activation}, {down + residual}."""
+    {norm + up + activation}, {down + residual}; where the feed-forward is a mixture of experts, that and the norm and
+    the residual around it."""
 
     def __init__(self, block: Block):
         super().__init__(block)
@@ -86,6 +91,8 @@ class FrozenBlock(Frozen):
         qkv = norm_linear(x, self.ln, self.qkv)
         heads = attend_packed(qkv, *self.heads, angles, mask, layer, self.score_scale, norms=self.norms)
         x = linear_add(heads, self.dense, x, self.scale)
+        if isinstance(self.ff, MixtureOfExperts | SharedExpert):
+            return torch.add(x, self.ff(normalise(x, self.ff_ln)), alpha=self.scale)
         h = norm_glu(x, self.ff_ln, self.up, self.activation, self.gated)
         return linear_add(h, self.down, x, self.scale)
 

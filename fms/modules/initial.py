@@ -8,9 +8,10 @@ from torch import nn
 def reset_parameters(model: nn.Module) -> None:
     """Normal of standard deviation 0.02, norms one, biases zero."""
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
-            nn.init.ones_(module.weight)
-        if (bias := getattr(module, "bias", None)) is not None:
-            nn.init.zeros_(bias)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)

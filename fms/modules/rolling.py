@@ -90,6 +90,7 @@ class RollingCache:
         """Forget all but the first `lengths[row]` tokens of each row, as long as none has left the window."""
         held = self.held()
         if list(lengths) == held:
+            self.length = max(held)
             return
         if self.length > self.window:
             raise ValueError(

@@ -1,0 +1,1 @@
+"""Configurations, checkpoints, tokenizers, generation."""

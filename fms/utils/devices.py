@@ -18,6 +18,8 @@ def device_of(name: str | torch.device) -> torch.device:
         raise ValueError(f"device_type={name!r}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device_type={str(name)!r}, but PyTorch {torch.__version__} sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device_type={str(name)!r}, but there are {count} CUDA devices here, from cuda:0 on")
     return device
 
 

@@ -65,8 +65,9 @@ def generate(
     temperature, top_k, top_p, min_p, repetition_penalty, seed, as in `Sampling`. What is not given comes from the
     `generation_config.json` that lay beside the weights, else it is greedy; temperature, top_k, top_p, min_p or seed
     given here mean do_sample. A row ends at one of `eos_token_id`, or when its text has one of the `stop` strings; it
-    gives the same tokens as it would alone. `cache` holds what came before and is continued: `input_ids` are the new
-    tokens only. `use_cache=False` computes everything anew for each token.
+    gives the same tokens as it would alone, and its text ends before them. `cache` holds what came before and is
+    continued: `input_ids` are what it has not seen yet, the last token that came out included. `use_cache=False`
+    computes everything anew for each token.
 
     `timing="per-token"` or `"e2e"` makes it (result, list of seconds). Hooks run around each step:
     `prepare_model_inputs_hook(step, input_ids, kwargs)` returns both of the latter for the model,
@@ -99,7 +100,7 @@ def generate(
     pad = pad_token_id if pad_token_id is not None else run.defaults.get("pad_token_id")
     if pad is None:
         pad = min(run.eos, default=0)
-    result = back(prompts, new, pad)
+    result = back(run, new, pad)
     if timing:
         return result, [run.timing.total] if timing == "e2e" else [run.timing.first_token, *run.timing.steps]
     return result
@@ -129,9 +130,13 @@ def stream_run(run: "Run", tokenizer: BaseTokenizer) -> Iterator[str]:
 
     for (token,) in run:
         if token is not None and token not in run.eos:
-            shown, held = ready(held + decoder.put(token), False)
+            held += decoder.put(token)
+            stopped = any(s in held for s in stops)
+            shown, held = ready(held, False)
             if shown:
                 yield shown
+            if stopped:
+                return
     shown, _ = ready(held + decoder.finish(), True)
     if shown:
         yield shown
@@ -164,6 +169,8 @@ class Run:
         after: AfterStep | None = None,
         **sampling: Any,
     ):
+        if not getattr(model, "causal", True):
+            raise ValueError("an encoder can't generate text: it says nothing of the next token")
         self.model, self.tokenizer, self.before, self.after = model, tokenizer, before, after
         self.defaults: dict[str, Any] = getattr(model, "generation_defaults", {})
         self.how = _sampling(sampling, self.defaults)
@@ -171,6 +178,8 @@ class Run:
         self.stop = [stop] if isinstance(stop, str) else list(stop)
         if self.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
+        if "" in self.stop:
+            raise ValueError("stop strings must not be empty")
         self.timing = Timing()
         self.device = model.embedding.weight.device
         _check_ids(prompts, model.config.src_vocab_size)
@@ -187,20 +196,22 @@ class Run:
         wanted = max_new_tokens if max_new_tokens is not None else self.defaults.get("max_new_tokens", 256)
         if wanted < 1:
             raise ValueError(f"max_new_tokens={wanted} must be at least 1")
-        self.max_new_tokens = min(wanted, limit - longest)
         if cache is not None and not use_cache:
             raise ValueError("use_cache=False contradicts the cache that is given")
         if cache is not None and cache.batch != len(prompts):
             raise ValueError(f"the cache has {cache.batch} rows, the prompts are {len(prompts)}")
-        self.cache = (
-            model.make_cache(len(prompts), longest + self.max_new_tokens) if cache is None and use_cache else cache
-        )
-        self.first = [
-            held + n for held, n in zip(self._held(), self.lengths, strict=True)
-        ]  # places of the first new tokens
-        self.span = torch.tensor(self.lengths, device=self.device)[:, None] + self.max_new_tokens
+        if cache is not None:
+            cache.rewind(cache.held())  # give back what padding of earlier runs took
+        held_by_row = [0] * len(prompts) if cache is None else cache.held()
+        self.first = [h + n for h, n in zip(held_by_row, self.lengths, strict=True)]  # places of the first new tokens
+        self.room = [min(wanted, limit - first) for first in self.first]  # new tokens a row
+        self.max_new_tokens = max(self.room) if cache is None else min(max(self.room), cache.max_len - longest)
+        self.span = torch.tensor([[f + n] for f, n in zip(self.first, self.room, strict=True)], device=self.device)
         if cache is None and use_cache:
-            self.cache.span = self.span
+            end = longest + self.max_new_tokens
+            cache = model.make_cache(len(prompts), min(end, limit), slack=max(end - limit, 0))
+            cache.span = self.span
+        self.cache = cache
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int | None]]:
@@ -231,7 +242,7 @@ class Run:
                 step.append(None if ended[r] else token)
                 if ended[r]:
                     continue
-                ended[r] = token in self.eos
+                ended[r] = token in self.eos or i + 1 == self.room[r]
                 if texts:
                     tails[r] += texts[r].put(token)
                     ended[r] |= any(s in tails[r] for s in self.stop)
@@ -247,10 +258,13 @@ class Run:
             began = time.perf_counter()
             if any(ended) and self.cache is not None:
                 self.cache.take = torch.tensor([[int(not end)] for end in ended], device=self.device)
-            logits, kwargs = self._decode(i + 1, tokens[:, None], kwargs)
+            logits, kwargs = self._decode(i + 1, tokens[:, None], kwargs, ended)
 
-    def _held(self) -> list[int]:
-        return self.cache.held() if self.cache is not None else [0] * len(self.prompts)
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of a row's new tokens, without the token or the string that ended it."""
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode([token for token in tokens if token not in self.eos])
+        return text[: min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=len(text))]
 
     def _seen(self) -> Tensor | None:
         """Which tokens each row has had, (b, vocabulary), where a penalty needs it."""
@@ -268,31 +282,39 @@ class Run:
         if self.cache is None:
             return self._step(0, self.whole, {})
         longest = max(self.lengths)
+        width = longest if self.before else PREFILL_CHUNK  # a hook sees the whole prompt
         if min(self.lengths) == longest:
-            *chunks, rest = self.whole.split(PREFILL_CHUNK, 1)
+            *chunks, rest = self.whole.split(width, 1)
             for chunk in chunks:
                 self.model.hidden(chunk, cache=self.cache)
             return self._step(0, rest, {"cache": self.cache})
         ends = torch.tensor(self.lengths, device=self.device) - 1
         last: Tensor | None = None
-        for first in range(0, longest, PREFILL_CHUNK):
-            self.cache.take = (ends[:, None] + 1 - first).clamp(0, PREFILL_CHUNK)
-            h = self.model.hidden(self.whole[:, first : first + PREFILL_CHUNK], cache=self.cache)
+        for first in range(0, longest, width):
+            self.cache.take = (ends[:, None] + 1 - first).clamp(0, width)
+            chunk, kwargs = self.whole[:, first : first + width], {"cache": self.cache}
+            if self.before is not None:
+                chunk, kwargs = self.before(0, chunk, kwargs)
+            h = self.model.hidden(chunk, **kwargs)
             inside = (ends >= first) & (ends < first + h.shape[1])
             here = h[torch.arange(len(h), device=h.device), (ends - first).clamp(0, h.shape[1] - 1)]
             last = here if last is None else torch.where(inside[:, None], here, last)
-        return self.model.head(last), {"cache": self.cache}
+        return self.model.head(last), kwargs
 
-    def _decode(self, i: int, tokens: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _decode(
+        self, i: int, tokens: Tensor, kwargs: dict[str, Any], ended: Sequence[bool]
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Logits (b, vocabulary) after one more token (b, 1) a row."""
         if self.cache is not None:
             return self._step(i, tokens, kwargs)
-        grown = self.whole.new_zeros(len(tokens), self.whole.shape[1] + 1)
-        grown[:, :-1] = self.whole
-        ends = torch.tensor(self.lengths, device=self.device) + i - 1
-        grown[torch.arange(len(tokens), device=self.device), ends] = tokens[:, 0]
-        self.whole = grown
-        return self._step(i, grown, {})
+        width = i + max(n for n, end in zip(self.lengths, ended, strict=True) if not end)
+        self.whole = torch.nn.functional.pad(self.whole, (0, max(0, width - self.whole.shape[1])))[:, :width]
+        self.whole[torch.arange(len(tokens), device=self.device), self._last(i)] = tokens[:, 0]
+        return self._step(i, self.whole, kwargs)
+
+    def _last(self, i: int) -> Tensor:
+        """The place (b) in `whole` of each row's last token after i new ones; rows that have ended may be cut off."""
+        return (torch.tensor(self.lengths, device=self.device) + i - 1).clamp(max=self.whole.shape[1] - 1)
 
     def _step(self, i: int, input_ids: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         if self.before is not None:
@@ -301,8 +323,7 @@ class Run:
             return self.model(input_ids, last_n_tokens=1, **kwargs)[:, -1], kwargs
         anew = self.model.no_cache(self.span)
         h = self.model.hidden(input_ids, **({"cache": anew} | kwargs))
-        ends = torch.tensor(self.lengths, device=self.device) + i - 1
-        return self.model.head(h[torch.arange(len(h), device=h.device), ends]), kwargs
+        return self.model.head(h[torch.arange(len(h), device=h.device), self._last(i)]), kwargs
 
 
 def _prompts(given: Any, tokenizer: BaseTokenizer | None) -> tuple[list[Tensor], Callable[..., Any]]:
@@ -312,10 +333,10 @@ def _prompts(given: Any, tokenizer: BaseTokenizer | None) -> tuple[list[Tensor],
             raise ValueError(f"input_ids of shape {list(given.shape)} must have one or two dimensions")
         rows = list(given[None] if given.dim() == 1 else given)
 
-        def as_tensor(prompts: list[Tensor], new: list[list[int]], pad: int) -> Tensor:
+        def as_tensor(run: Run, new: list[list[int]], pad: int) -> Tensor:
             width = max(map(len, new))
             tail = torch.tensor([row + [pad] * (width - len(row)) for row in new], device=given.device)
-            whole = torch.cat((torch.stack(prompts), tail), 1)
+            whole = torch.cat((torch.stack(rows), tail), 1)
             return whole[0] if given.dim() == 1 else whole
 
         return rows, as_tensor
@@ -324,30 +345,30 @@ def _prompts(given: Any, tokenizer: BaseTokenizer | None) -> tuple[list[Tensor],
             raise ValueError("texts need a tokenizer: generate(model, texts, tokenizer=...)")
         texts = [given] if isinstance(given, str) else given
 
-        def as_text(prompts: list[Tensor], new: list[list[int]], pad: int) -> Any:
-            decoded = [tokenizer.decode(row) for row in new]
+        def as_text(run: Run, new: list[list[int]], pad: int) -> Any:
+            decoded = [run.text(row) for row in new]
             return decoded[0] if isinstance(given, str) else decoded
 
         return [torch.tensor(encode_prompt(tokenizer, text)) for text in texts], as_text
 
-    def as_rows(prompts: list[Tensor], new: list[list[int]], pad: int) -> list[Tensor]:
-        return [
-            torch.cat((p, torch.tensor(n, dtype=p.dtype, device=p.device))) for p, n in zip(prompts, new, strict=True)
-        ]
+    rows = [torch.as_tensor(row) for row in given]
 
-    return [torch.as_tensor(row) for row in given], as_rows
+    def as_rows(run: Run, new: list[list[int]], pad: int) -> list[Tensor]:
+        return [torch.cat((p, torch.tensor(n, dtype=p.dtype, device=p.device))) for p, n in zip(rows, new, strict=True)]
+
+    return rows, as_rows
 
 
 def _check_ids(prompts: Sequence[Tensor], vocabulary: int) -> None:
     if not prompts:
         raise ValueError("there is no prompt")
     for i, prompt in enumerate(prompts):
+        if not prompt.numel():
+            raise ValueError(f"prompt {i} is empty: it needs at least one token")
         if prompt.dim() != 1 or prompt.is_floating_point():
             raise ValueError(
                 f"prompt {i} must be token ids in one dimension, it is {prompt.dtype} {list(prompt.shape)}"
             )
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: it needs at least one token")
         low, high = int(prompt.min()), int(prompt.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(

@@ -1,7 +1,7 @@
 """LLaMA and Granite against transformers: tiny random models, saved by its `save_pretrained`, loaded by ours.
 
-Weights have a standard deviation of 0.15 and a hidden state 32 channels, so that logits are of scale 1 with peaks of 4: an
-error of 1e-5 is then rounding, and a missing rotary embedding, multiplier or bias shows in the first digit.
+Weights have a standard deviation of 0.15 and a hidden state 32 channels, so that logits are of scale 1 with peaks of 4:
+an error of 1e-5 is then rounding, and a missing rotary embedding, multiplier or bias shows in the first digit.
 """
 
 import re
@@ -45,6 +45,8 @@ def yarn(**fields: object) -> dict:
 
 GQA = {"num_key_value_heads": 2}
 GRANITE = GQA | MULTIPLIERS
+GRANITE4 = GRANITE | {"layer_types": ["attention"] * 2, "mamba_n_heads": 4, "shared_intermediate_size": 24}
+EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 3}
 BIGCODE = {
     "n_embd": 32,
     "n_inner": 40,
@@ -79,6 +81,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "yarn, mscale": ("Llama", yarn(mscale=0.7, mscale_all_dim=0.3)),
     "yarn, one mscale": ("Llama", yarn(mscale=0.7)),
     "yarn, fractions": ("Llama", yarn(beta_fast=0.7, beta_slow=0.15, truncate=False)),
+    "yarn, long": ("Llama", rope("yarn", 4.0, original_max_position_embeddings=4000)),
     "yarn, equal betas": ("Llama", yarn(beta_fast=0.5, beta_slow=0.5, truncate=False)),
     "gelu": ("Llama", {"hidden_act": "gelu"}),
     "gelu_new": ("Llama", {"hidden_act": "gelu_new"}),
@@ -94,6 +97,19 @@ CASES: dict[str, tuple[str, dict]] = {
     "mistral, wide window": ("Mistral", GQA | {"sliding_window": 30}),
     "qwen3": ("Qwen3", GQA | {"head_dim": 12, "tie_word_embeddings": True}),
     "qwen3, untied": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+    "mixtral": ("Mixtral", GQA | {"num_local_experts": 4}),
+    "mixtral, window": ("Mixtral", GQA | EXPERTS | {"sliding_window": 7, "tie_word_embeddings": True}),
+    "mixtral, one expert": ("Mixtral", {"num_local_experts": 1, "num_experts_per_tok": 1, "hidden_act": "gelu"}),
+    "granite 4, dense": (
+        "GraniteMoeHybrid",
+        GRANITE4 | {"num_local_experts": 0, "position_embedding_type": "rope", "attention_bias": True},
+    ),
+    "granite 4, dense, no rotary": ("GraniteMoeHybrid", GRANITE4 | {"num_local_experts": 0}),
+    "granite 4, experts": ("GraniteMoeHybrid", GRANITE4 | EXPERTS | {"position_embedding_type": "rope"}),
+    "granite 4, experts, no rotary": (
+        "GraniteMoeHybrid",
+        GRANITE4 | EXPERTS | {"position_embedding_type": "nope", "tie_word_embeddings": True},
+    ),
     "gpt_bigcode": ("GPTBigCode", BIGCODE),
     "gpt_bigcode, mha": ("GPTBigCode", BIGCODE | {"multi_query": False}),
     "gpt_bigcode, untied": ("GPTBigCode", BIGCODE | {"tie_word_embeddings": False, "activation_function": "gelu"}),
@@ -193,7 +209,14 @@ def test_masks(shape: tuple[int, ...], kind: str, frozen: bool, tmp_path: Path) 
     added = torch.zeros(shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
     full = added[:, None] if added.dim() == 3 else added
     want = theirs(ids, attention_mask=full.expand(3, full.shape[1] if full.dim() == 4 else 1, 9, 9)).logits
-    close(ours(ids, mask=allowed if kind == "bool" else added), want)
+    mask = allowed if kind == "bool" else added
+    close(ours(ids, mask=mask), want)
+
+    past = torch.ones(9, 9, dtype=torch.bool).tril()
+    mask = allowed & past if kind == "bool" else added.masked_fill(~past, -torch.inf)
+    cache = ours.make_cache(3, 9)
+    got = [ours(ids[:, i:j], mask=mask[..., i:j, :j], cache=cache) for i, j in ((0, 6), (6, 8), (8, 9))]
+    close(torch.cat(got, 1), ours(ids, mask=mask))
 
 
 @frozen_or_not

@@ -1,6 +1,5 @@
 """Models by name: variants, arguments, the recipe from a checkpoint, and what other packages can add."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,7 +241,7 @@ def test_check_finite(bad: float, small: Path) -> None:
 
 
 def test_a_directory_against_what_was_asked_for(small: Path) -> None:
-    with pytest.raises(CheckpointError, match="'llama'.* not 'granite'"):
+    with pytest.raises(CheckpointError, match=r"'llama'.* not 'granite'"):
         get_model("granite", model_path=small)
     with pytest.raises(CheckpointError, match=r"is not the variant 'micro', which has .*emb_dim=192 \(16\)"):
         get_model("llama", "micro", small)

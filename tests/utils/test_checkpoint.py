@@ -32,7 +32,7 @@ SIZES = {
     "head_dim": 8,
     "nlayers": 2,
     "hidden_dim": 48,
-    "max_expected_seq_len": 64,
+    "max_expected_seq_len": 4096,
 }
 TINY = LLaMAConfig(**SIZES)
 GRANITE = GraniteConfig(
@@ -137,7 +137,7 @@ def test_sizes_given_may_correct_a_variant_and_must_then_agree(tmp_path, variant
     model = random_model(TINY)
     saved = save_model(model, tmp_path / "saved", "hf")
     variants(tiny=TINY.updated(max_expected_seq_len=32))
-    assert get_model("llama", "tiny", saved).config.max_expected_seq_len == 64  # what the logits do not depend on
+    assert get_model("llama", "tiny", saved).config.max_expected_seq_len == 4096  # what the logits do not depend on
     assert get_model("llama", "tiny", saved, max_expected_seq_len=16).config.max_expected_seq_len == 16
     with pytest.raises(ValueError, match=r"no field 'nlayer'.*did you mean 'nlayers'"):
         get_model(model_path=saved, nlayer=3)
@@ -435,7 +435,7 @@ def test_gguf_with_linear_scaling(tmp_path):
     model = random_model(TINY.updated(norm_eps=0.5))
     scaling = {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": 2.0}
     back = get_model(model_path=gguf_of(model, tmp_path / "model.gguf", **scaling))
-    assert back.config.rope_scaling == RopeScaling("linear", factor=2.0, original_max_len=64)
+    assert back.config.rope_scaling == RopeScaling("linear", factor=2.0, original_max_len=4096)
 
 
 def test_gguf_ends_of_a_text_and_of_a_turn(tmp_path):

@@ -8,35 +8,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from fms.models import Decoder, freeze, get_model
+from fms.models import Decoder, freeze
 from fms.models.convert import save_model
 from fms.utils import generation
 from fms.utils.generation import Run, generate, stream
 from fms.utils.tensors import GrowingCache
 from fms.utils.tokenizers import get_tokenizer
+from tests.small import small_model
 
 CHARS = get_tokenizer("char_tokenizer")
 DYNAMIC = {"kind": "dynamic", "factor": 4.0, "original_max_len": 8}
 
 
-def tiny(**fields: Any) -> Decoder:
-    torch.manual_seed(0)
-    shape = {"nlayers": 2, "src_vocab_size": 24, "emb_dim": 16, "head_dim": 4, "kvheads": 2, "hidden_dim": 24}
-    model = get_model("llama", "micro", **(shape | {"max_expected_seq_len": 48} | fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=["", "frozen", "dynamic"])
 def model(request: pytest.FixtureRequest) -> Decoder:
-    return freeze(tiny()) if request.param == "frozen" else tiny(rope_scaling=DYNAMIC if request.param else None)
+    model = small_model(rope_scaling=DYNAMIC if request.param == "dynamic" else None)
+    return freeze(model) if request.param == "frozen" else model
 
 
-PLAIN = tiny()
-TEXT = tiny(src_vocab_size=256, emb_dim=24)
-PROMPTS = [[1, 5, 9, 2, 4, 4, 11], [20, 3], [8], [6, 6, 6, 1, 17]]
+PLAIN = small_model()
+TEXT = small_model(src_vocab_size=256, emb_dim=24)
+PROMPTS = [[1, 5, 9, 2, 4, 4, 11, 3, 19, 18, 2, 2, 8, 15, 1, 1, 10, 16, 5, 4], [20, 3], [8], [6, 6, 6, 1, 17]]
 SAMPLED = {"temperature": 3.0, "seed": 11}
 
 
@@ -44,20 +36,23 @@ def rows_of(result: list[Tensor]) -> list[list[int]]:
     return [row.tolist() for row in result]
 
 
-@pytest.mark.parametrize("eos", [None, 5, [5, 9, 13]])
+@pytest.mark.parametrize("ends", [0, 1, 3])
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
-def test_greedy_is_transformers(eos: int | list[int] | None, frozen: bool, tmp_path: Path) -> None:
+def test_greedy_is_transformers(ends: int, frozen: bool, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    ours = tiny(src_vocab_size=15)
+    ours, ids = small_model(), torch.randint(24, (6, 5))
     theirs = AutoModelForCausalLM.from_pretrained(save_model(ours, tmp_path / "hf", "hf"))
-    ids = torch.randint(15, (6, 5))
+    if frozen:
+        freeze(ours)
+    whole = generate(ours, ids, max_new_tokens=20)
+    eos = {0: None, 1: int(whole[0, 9]), 3: whole[:3, 12].tolist()}[ends]
     theirs.generation_config.eos_token_id = eos
-    theirs.generation_config.pad_token_id = 14
+    theirs.generation_config.pad_token_id = 0
     want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
-    got = generate(freeze(ours) if frozen else ours, ids, max_new_tokens=20, eos_token_id=eos, pad_token_id=14)
+    got = generate(ours, ids, max_new_tokens=20, eos_token_id=eos, pad_token_id=0)
     assert torch.equal(got, want)
-    assert (got[:, 5:] == 14).any() == (eos is not None)
+    assert torch.equal(got, whole) == (eos is None)
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
@@ -105,8 +100,19 @@ def test_lengths() -> None:
     assert generate(PLAIN, ids, max_new_tokens=40, max_seq_len=6).shape == (1, 6)
 
 
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+def test_each_row_has_room_of_its_own(model: Decoder, use_cache: bool) -> None:
+    """A row near the limit ends there, and cuts no other."""
+    prompts = [[1] * 44, [2, 3], [4] * 47, [5] * 40]
+    options = {"max_seq_len": 48, "max_new_tokens": 10, "use_cache": use_cache, "repetition_penalty": 1.5}
+    together = rows_of(generate(model, prompts, **options))
+    assert [len(row) for row in together] == [48, 12, 48, 48]
+    for prompt, row in zip(prompts, together, strict=True):
+        assert rows_of(generate(model, [prompt], **options)) == [row]
+
+
 def test_defaults_come_from_the_checkpoints_generation_config() -> None:
-    model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    model, ids = small_model(), torch.tensor([[1, 2, 3]])
     greedy = generate(model, ids, max_new_tokens=12)
     sampled = generate(model, ids, max_new_tokens=12, do_sample=True, temperature=3.0, top_k=20)
     assert not torch.equal(greedy, sampled)
@@ -123,7 +129,7 @@ def test_defaults_come_from_the_checkpoints_generation_config() -> None:
 
 
 def test_a_tokenizers_eos_ends_a_row() -> None:
-    model = tiny(src_vocab_size=256)
+    model = small_model(src_vocab_size=256)
     with torch.no_grad():
         model.head.weight[3] = 5 * model.dec_norm.weight.sign()  # CHARS' eos
     ids = [torch.tensor([70, 71])]
@@ -140,13 +146,13 @@ def test_stop_strings() -> None:
     assert len(whole) > 20
     for at, size in ((3, 1), (5, 3), (9, 4)):
         stop = whole[at : at + size]
-        end = whole.index(stop) + size
+        end = whole.index(stop)
         assert text_of("Hello", stop=stop) == whole[:end]
         assert text_of("Hello", stop=["\0\0\0", stop, whole[25:29]]) == whole[:end]
     texts = generate(
         TEXT, ["Hello", "x"], max_new_tokens=30, tokenizer=CHARS, eos_token_id=[], temperature=1.5, stop=whole[5:8]
     )
-    assert texts[0] == whole[: whole.index(whole[5:8]) + 3]
+    assert texts[0] == whole[: whole.index(whole[5:8])]
 
 
 @pytest.mark.parametrize("stop", [(), (12, 14), (4, 9)], ids=str)
@@ -186,14 +192,21 @@ def test_a_cache_of_rows_that_ended_at_different_steps_is_continued() -> None:
     assert [a + b[2:] for a, b in zip([[*r, i + 2] for i, r in enumerate(first)], second, strict=True)] == whole
 
 
-def test_a_cache_with_room_for_just_what_is_asked_suffices() -> None:
-    """Rows that ended early give their room back: only the longest row counts."""
-    cache = PLAIN.make_cache(2, 16)
-    for _ in range(3):
-        generate(PLAIN, [[1], [2, 3]], max_new_tokens=3, cache=cache)
-        cache.rewind([2, 2])
-    held = max(cache.held())
-    assert len(generate(PLAIN, [[1], [2]], max_new_tokens=99, cache=cache)[0]) == 1 + 16 - held - 1
+def test_rows_that_ended_early_give_their_room_back() -> None:
+    cache, calls = PLAIN.make_cache(2, 20), []
+
+    def end_the_longer_row(length: int, logits: Tensor, tokens: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
+        calls.append(length)
+        return torch.tensor([[23], [1]]), kwargs
+
+    prompts = [[1, 2, 3, 4, 5, 6], [1]]
+    options = {"cache": cache, "eos_token_id": 23, "max_new_tokens": 9}
+    generate(PLAIN, prompts, post_iteration_hook=end_the_longer_row, **options)
+    assert cache.held() == [6, 9]
+    second = rows_of(generate(PLAIN, [[2] * 9, [3] * 9], **options))
+    assert [len(row) for row in second] == [11, 11]
+    (alone,) = rows_of(generate(PLAIN, [[*prompts[0], *[2] * 9]], max_new_tokens=2))
+    assert alone[-2:] == second[0][-2:]
 
 
 def test_hooks() -> None:
@@ -222,7 +235,7 @@ def test_hooks() -> None:
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["unequal", "equal"])
 def test_what_a_hook_returns_goes_into_the_model(prompts: list, use_cache: bool) -> None:
     """Embeddings in place of ids, and shifted positions, from the first step on."""
-    model, embedded = tiny(), []
+    model, embedded = small_model(), []
 
     def embed(step: int, given: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
         embedded.append(step)
@@ -265,7 +278,7 @@ def test_timing() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
 def test_logits_that_are_not_finite_are_an_error(bad: float, how: dict) -> None:
-    model = freeze(tiny())
+    model = freeze(small_model())
     with torch.no_grad():
         model.embedding.weight[9, 3] = bad
     assert len(generate(model, [[1, 2]], max_new_tokens=1, **how)[0]) == 3

@@ -16,10 +16,8 @@ def meta_map() -> ConfigMap:
         ("n_heads", "nheads", REQUIRED),
         ("n_kv_heads", "kvheads", lambda v: v["n_heads"]),
         ("vocab_size", "src_vocab_size", REQUIRED),
-        ("hidden_dim", "hidden_dim", REQUIRED),
         ("norm_eps", "norm_eps", 1e-5),
         ("rope_theta", "rope_theta", 10_000.0),
-        ("tied", "tie_heads", REQUIRED),
     ]
 
     def read_more(left: Values, ours: Values) -> Values:
@@ -29,6 +27,8 @@ def meta_map() -> ConfigMap:
             scaling = RopeScaling("llama3", factor=factor, original_max_len=8192)
         length = 131_072 if scaling else 8192 if ours["src_vocab_size"] == 128_256 else 4096
         return {
+            "hidden_dim": left.pop("hidden_dim"),
+            "tie_heads": left.pop("tied"),
             "head_dim": ours["emb_dim"] // ours["nheads"],
             "rope_scaling": scaling,
             "max_expected_seq_len": left.pop("max_seq_len", length),
@@ -44,7 +44,8 @@ def meta_map() -> ConfigMap:
         if s != known:
             raise CheckpointError(f"params.json cannot say rope_scaling={s}, only {known}")
         scaled = {} if s is None else {"use_scaled_rope": True, "rope_scaling_factor": s.factor}
-        return scaled | {"max_seq_len": c.max_expected_seq_len}
+        multiplier = (c.hidden_dim + 0.5) / int(8 * c.emb_dim / 3)  # theirs is cut to a whole number: no less, no more
+        return scaled | {"multiple_of": 1, "ffn_dim_multiplier": multiplier}
 
     harmless = frozenset({"multiple_of", "ffn_dim_multiplier", "max_batch_size"})
     return ConfigMap(("llama",), fields, {}, harmless, {}, read_more, write_more)

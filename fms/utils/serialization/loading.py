@@ -11,6 +11,7 @@ from fms.utils.serialization.errors import CheckpointError, nearest
 from fms.utils.serialization.readers import Reader
 from fms.utils.serialization.tables import Part
 
+SHOWN = 20  # faults of those that do not fit
 READERS = 2  # threads: one waits for the disk while another converts
 
 
@@ -34,9 +35,10 @@ def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[
         extra = [*unknown, *(part.key for name, part in parts.items() if name not in aliases)]
         missing = [name for name in wanted if name not in parts]
         wrong += [f"{key}: the model has no place for it" for key in extra]
-        wrong += [f"{name}: nothing in the checkpoint fills it{nearest(name, extra)}" for name in missing]
+        near = extra if max(len(extra), len(missing)) <= SHOWN else []  # the search takes long among many
+        wrong += [f"{name}: nothing in the checkpoint fills it{nearest(name, near)}" for name in missing]
     if wrong:
-        shown = wrong[:20] + ([f"and {len(wrong) - 20} more"] if len(wrong) > 20 else [])
+        shown = wrong[:SHOWN] + ([f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else [])
         raise CheckpointError("\n  ".join([f"{checkpoint.path} does not fit the model:", *shown]))
     return {name: parts[name] for name in wanted if name in parts}
 
@@ -101,4 +103,4 @@ def common_dtype(parts: Mapping[str, Part], reader: Reader, device: torch.device
     if reader.files[0].suffix == ".gguf":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     kinds: Sequence[torch.dtype] = [reader.dtype(part.key) for part in parts.values()]
-    return next(kind for kind in kinds if kind.is_floating_point)
+    return next((kind for kind in kinds if kind.is_floating_point), torch.get_default_dtype())

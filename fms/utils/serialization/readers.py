@@ -152,7 +152,7 @@ def _by_name(files: list[Path], where: Mapping[str, str] | None = None) -> Reade
     if file.suffix not in (".bin", ".pth", ".pt"):
         raise CheckpointError(f"{file}: not a kind of checkpoint known by its name: .safetensors .bin .pth .pt .gguf")
     params = directory / "params.json"
-    if file.name.startswith("consolidated.") and (len(files) > 1 or params.exists()):
+    if file.match("consolidated.*.pth") and (len(files) > 1 or params.exists()):  # Mistral's .pt are not cut
         checked_size(params)
         dim = parsed(params, params.read_bytes(), "its content").get("dim")
         if not isinstance(dim, int):

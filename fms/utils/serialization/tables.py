@@ -99,7 +99,7 @@ class Stack(Part):
 
     @property
     def pieces(self) -> tuple[Part, ...]:
-        return self.parts
+        return tuple(piece for part in self.parts for piece in part.pieces)
 
     def shape(self, reader: Reader) -> tuple[int, ...]:
         shape = self.parts[0].shape(reader)

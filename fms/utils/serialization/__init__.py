@@ -1,0 +1,1 @@
+"""Checkpoints: formats read and written, by tables."""
