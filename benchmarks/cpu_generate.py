@@ -41,7 +41,7 @@ def main() -> None:
     import dev
     from fms.models.convert import convert
 
-    gguf = args.gguf or dev.fetch_smollm2(sys.executable)
+    gguf = args.gguf or dev.fetch(dev.SMOLLM2, sys.executable)
     with tempfile.TemporaryDirectory() as scratch:
         hf = convert(gguf, Path(scratch) / "hf", "hf")
         figures = {"machine": machine(), "rounds": args.rounds, "speed": in_process("speed", "both", hf, args.rounds)}
