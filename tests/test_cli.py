@@ -81,7 +81,7 @@ def test_every_flag_has_a_help_that_says_its_default():
     from fms.cli.flags import make_parser
 
     commands = make_parser()._subparsers._group_actions[0].choices
-    assert set(commands) == {"generate", "chat", "embed", "models", "convert", "validate"}
+    assert set(commands) == {"generate", "chat", "embed", "plan", "models", "convert", "validate"}
     for name, parser in commands.items():
         for action in parser._actions:
             needless = action.required or action.dest in ("help", "prompt", "texts", "file", "batch", "model_path")
@@ -301,7 +301,9 @@ def test_a_batch_of_plain_lines(fms, tmp_path, monkeypatch):
     ("content", "said"),
     [
         (b"", "there is no prompt in it"),
-        (b'{"prompt": "x"}\n\n{"prompt": "y"\n', ":3: "),
+        (b'{"prompt": "x"}\n\n{"prompt": "y"\n', ":3: '{\"prompt\": \"y\"' is not JSON: Expecting ',' delimiter"),
+        (b'{"prompt": "x"}\n["y"]\n', ':2: \'["y"]\' is not a JSON object with a "prompt"'),
+        (b'{"promt": "x"}\n', "is not a JSON object with a \"prompt\" (did you mean 'promt'?)"),
         (b'{"text": "x"}\n', ':1: \'{"text": "x"}\' is not a JSON object with a "prompt"'),
         (b'{"prompt": 3}\n', ":1: the prompt is 3, it must be text"),
         (b"\xff\n", "not UTF-8 text"),

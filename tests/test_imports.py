@@ -20,7 +20,8 @@ TABLE = {
     "fms/models": "torch fms.models fms.modules fms.utils",
     "fms/modules": "torch fms.modules fms.kernels",
     "fms/kernels": "torch fms.kernels ~triton",
-    "fms/distributed": "torch torch.distributed fms.distributed fms.kernels fms.modules.tp fms.utils.tp_plan",
+    "fms/distributed": "torch torch.distributed fms.distributed fms.kernels fms.modules.tp fms.utils.tp_plan"
+    " fms.utils.devices",
     "fms/utils": "torch numpy safetensors fms.utils fms.modules fms.kernels fms.__version__"
     " ~tokenizers ~sentencepiece ~tiktoken ~jinja2 ~huggingface_hub ~tqdm",
     "fms/datasets": "torch numpy fms.datasets fms.utils ~pyarrow ~datasets ~huggingface_hub",

@@ -7,13 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from fms.cli import chat, checkpoints, embed, flags, generate
+from fms.cli import chat, checkpoints, embed, flags, generate, plan
 
 Command = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, Command] = {
     "generate": generate.run,
     "chat": chat.run,
     "embed": embed.run,
+    "plan": plan.plan,
     "models": checkpoints.models,
     "convert": checkpoints.convert,
     "validate": checkpoints.validate,
@@ -43,6 +44,8 @@ def guarded(run: Callable[[], int], name: str, debug: bool) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         try:
             return run()

@@ -81,6 +81,13 @@ def make_parser() -> Parser:
     embed.set_defaults(chat_template=None)
     add_debug(embed)
 
+    plan = command("plan", "show how a model is split over ranks", "llama 2-7b --tp 4")
+    plan.add_argument("architecture", metavar="ARCHITECTURE", help="as `fms models` lists them")
+    plan.add_argument("variant", metavar="VARIANT", help="as `fms models` lists them")
+    plan.add_argument("--tp", type=int, default=2, metavar="N", help="ranks that share the model (default: 2)")
+    plan.add_argument("--dtype", default="bf16", metavar="NAME", help="of the weights (default: bf16)")
+    add_debug(plan)
+
     models = command("models", "list what models there are", "llama")
     models.add_argument("architecture", nargs="?", metavar="ARCHITECTURE", help="only this one (default: all)")
     models.add_argument("--json", action="store_true", help="as JSON (default: a table)")

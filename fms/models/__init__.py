@@ -1,5 +1,7 @@
 """Models by name: `get_model("llama", "7b", path)`."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from fms.utils.serialization.loading import common_dtype, fill, plan
 
 __all__ = ["Decoder", "freeze", "get_model", "list_models", "list_variants", "register_model"]
 
-STRATEGIES = ("none",)
+STRATEGIES = ("none", "tp")
 
 
 def get_model(
@@ -37,8 +39,10 @@ def get_model(
     source: str | None = None,
     device_type: str = "cpu",
     data_type: str | torch.dtype | None = None,
-    distributed_strategy: str | None = None,
+    distributed_strategy: Any = None,
+    group: Any = None,
     *,
+    tp_plan: Mapping[str, str] | None = None,
     strict: bool = True,
     check_finite: bool = False,
     **overrides: Any,
@@ -49,14 +53,16 @@ def get_model(
     not be given: `get_model(model_path=DIR)` is enough. `source` is the format, where it can't be told. `data_type`
     defaults to the checkpoint's own (GGUF: fp32 on a CPU, bf16 on a GPU), or to torch's default. `strict=False` leaves
     out what the checkpoint has too much or too little. `check_finite` looks for NaN and infinity. `overrides` are
-    fields of the configuration. Raises `ValueError` or `KeyError` for what is not known, naming the nearest choice.
+    fields of the configuration.
+
+    `distributed_strategy` is "none", "tp" (tensor parallel over the ranks of `group`, a process group or a mesh of
+    one dimension, or over all; `tp_plan` changes words of the model's plan), or an object whose `place(model)` is
+    called with the model on the meta device. Started by torchrun it is "tp" by itself.
+
+    Raises `ValueError` or `KeyError` for what is not known, naming the nearest choice.
     """
-    if distributed_strategy not in (None, "", *STRATEGIES):
-        raise ValueError(
-            f"distributed_strategy={distributed_strategy!r} is not known{nearest(distributed_strategy, STRATEGIES)}; "
-            f"there is {', '.join(STRATEGIES)}"
-        )
-    device, dtype = device_of(device_type), dtype_of(data_type)
+    strategy, device = _strategy(distributed_strategy, group, tp_plan, device_type)
+    dtype = dtype_of(data_type)
     if model_path is None:
         if architecture is None:
             raise ValueError("give an architecture (and a variant), or a model_path that tells")
@@ -64,6 +70,8 @@ def get_model(
             raise ValueError(f"source={source!r} is the format of a model_path, and there is none")
         with torch.device("meta"):
             model = build(architecture, variant or list_variants(architecture)[0], overrides)
+            if strategy is not None:
+                strategy.place(model)
         model.to(dtype or torch.get_default_dtype()).to_empty(device=device)
         model.tie_weights()
         model.reset_parameters()
@@ -74,6 +82,8 @@ def get_model(
     checkpoint = open_checkpoint(model_path, source, architecture)
     with torch.device("meta"):
         model = describe(checkpoint, variant, overrides)
+        if strategy is not None:
+            strategy.place(model)
     try:
         parts = plan(model, checkpoint, strict)
     except CheckpointError as error:
@@ -86,6 +96,27 @@ def get_model(
     model.tie_weights()
     model.generation_defaults = generation_defaults(checkpoint)
     return model
+
+
+def _strategy(asked: Any, group: Any, plan: Mapping[str, str] | None, device_type: str) -> tuple[Any, torch.device]:
+    """An object that places models, or none, and this process's device."""
+    if not isinstance(asked, str | None):
+        return asked, device_of(device_type)
+    if asked and asked not in STRATEGIES:
+        raise ValueError(
+            f"distributed_strategy={asked!r} is not known{nearest(asked, STRATEGIES)}; "
+            f"there are {', '.join(STRATEGIES)}"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if asked == "none" or not (asked or started or group is not None):
+        if plan or group is not None:
+            raise ValueError("tp_plan and group are for distributed_strategy='tp'")
+        return None, device_of(device_type)
+    from fms.distributed.launch import launch
+    from fms.distributed.strategy import TensorParallel, mesh_of
+
+    device = launch(device_type)
+    return TensorParallel(mesh_of(group, device), plan), device
 
 
 def _fitting(checkpoint: Checkpoint) -> str:

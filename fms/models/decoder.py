@@ -1,6 +1,7 @@
 """The one causal decoder. A family chooses its parts; none rewrites its forward."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,6 +10,7 @@ from fms.modules.head import Head
 from fms.modules.initial import reset_parameters
 from fms.modules.positions import Rope
 from fms.modules.rolling import RollingCache
+from fms.modules.tp import Plan
 from fms.utils.config import CausalConfig
 
 
@@ -48,7 +50,11 @@ class Decoder(nn.Module):
         """Make head and embedding one parameter again, where the configuration says so: after anything that replaces
         parameters."""
         if self.config.tie_heads:
-            self.head.weight = self.embedding.weight
+            self.head.register_parameter("weight", self.embedding._parameters["weight"])
+
+    def tp_plan(self, tp: int) -> Plan:
+        plan = {"embedding": "embed", "dec_norm": "whole", "head": "head"}
+        return plan if self.position_embedding is None else plan | {"position_embedding": "whole"}
 
     def make_cache(self, batch: int, max_len: int, slack: int = 0) -> StaticCache | RollingCache:
         """An empty cache for `batch` rows of at most `max_len` tokens; of a model with a window it holds the window.
@@ -57,7 +63,9 @@ class Decoder(nn.Module):
         """
         self._check_length(max_len)
         weight, c = self.embedding.weight, self.config
-        shape = (c.nlayers, c.kvheads, c.head_dim, weight.dtype, weight.device)
+        attn: Any = self.layers[0].attn
+        kvheads = len(attn.key.weight) // c.head_dim  # of this rank
+        shape = (c.nlayers, kvheads, c.head_dim, weight.dtype, weight.device)
         if self.window is not None and self.window < max_len:
             return RollingCache(batch, max_len + slack, self.window, *shape)
         return StaticCache(batch, max_len + slack, *shape)
@@ -107,10 +115,14 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         last_n_tokens: int = 0,
+        local: bool = False,
     ) -> Tensor:
-        """Logits (b, s, vocabulary), or of the last `last_n_tokens` positions only. Arguments as for `hidden`."""
-        h = self.hidden(input_ids, position_ids=position_ids, mask=mask, cache=cache)
-        return self.head(h[:, -last_n_tokens:])
+        """Logits (b, s, vocabulary), or of the last `last_n_tokens` positions only. Arguments as for `hidden`.
+
+        `local`: those of this rank's share of the vocabulary, where several ranks hold the model.
+        """
+        h = self.hidden(input_ids, position_ids=position_ids, mask=mask, cache=cache)[:, -last_n_tokens:]
+        return self.head.local(h) if local else self.head(h)
 
     def reset_parameters(self) -> None:
         """Fill with random weights: normal of standard deviation 0.02, norms one, biases zero."""

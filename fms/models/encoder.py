@@ -12,6 +12,7 @@ from fms.modules.embedding import Embedding
 from fms.modules.encoder_heads import ClassificationHead, MaskedLMHead, Pooler, SpanHead
 from fms.modules.feedforward import FeedForward
 from fms.modules.initial import reset_parameters
+from fms.modules.tp import Plan
 from fms.utils.config import ModelConfig, check_values
 
 
@@ -116,7 +117,11 @@ class Encoder(nn.Module):
     def tie_weights(self) -> None:
         """Make a masked-LM head and the embedding one parameter again, where the configuration says so."""
         if self.config.tie_heads and isinstance(self.head, MaskedLMHead):
-            self.head.out.weight = self.embedding.weight
+            self.head.out.register_parameter("weight", self.embedding._parameters["weight"])
+
+    def tp_plan(self, tp: int) -> Plan:
+        whole = ("position_embedding", "token_type_embedding", "enc_norm")
+        return {"embedding": "embed"} | dict.fromkeys(whole, "whole")
 
     def hidden(
         self,

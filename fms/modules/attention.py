@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from fms.kernels.attend import Angles, LayerCache, Norms, attend
+from fms.modules.tp import Plan, divided
 
 
 class Attention(nn.Module):
@@ -37,6 +38,16 @@ class Attention(nn.Module):
     @property
     def norms(self) -> Norms | None:
         return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+
+    def tp_plan(self, tp: int) -> Plan:
+        """By heads. Where there are fewer key and value heads than ranks, each rank computes the one that it reads."""
+        nheads, kvheads = self.query.out_features // self.head_dim, self.kvheads
+        divided("query heads", nheads, tp)
+        if kvheads % tp and tp % kvheads:
+            raise ValueError(f"{kvheads} key and value heads can't be split over {tp} ranks, nor shared by them evenly")
+        kv = "replicate" if kvheads % tp else "colwise"
+        plan = {"": "enter", "query": "colwise", "key": kv, "value": kv, "dense": "rowwise"}
+        return plan | ({"q_norm": "partial", "k_norm": "partial"} if self.norms else {})
 
     def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, layer: LayerCache | None) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))  # b s h d

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from fms.kernels.attend import Angles, LayerCache
 from fms.modules.attention import Attention
+from fms.modules.tp import Plan
 
 
 class Block(nn.Module):
@@ -15,6 +16,9 @@ class Block(nn.Module):
         super().__init__()
         self.ln, self.attn, self.ff_ln, self.ff, self.scale = ln, attn, ff_ln, ff, scale
         self.dropout = nn.Dropout(dropout)
+
+    def tp_plan(self, tp: int) -> Plan:
+        return {"ln": "whole", "ff_ln": "whole"}
 
     def forward(
         self, x: Tensor, angles: Angles | None, mask: Tensor | None = None, layer: LayerCache | None = None
@@ -30,6 +34,9 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.attn, self.ln, self.ff, self.ff_ln = attn, ln, ff, ff_ln
         self.dropout = nn.Dropout(dropout)
+
+    def tp_plan(self, tp: int) -> Plan:
+        return {"ln": "whole", "ff_ln": "whole"}
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.ln(x + self.dropout(self.attn(x, None, mask, None)))

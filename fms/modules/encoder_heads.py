@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fms.modules.feedforward import ACTIVATIONS
+from fms.modules.head import Head
+from fms.modules.tp import Plan
 
 
 class MaskedLMHead(nn.Module):
@@ -15,7 +17,10 @@ class MaskedLMHead(nn.Module):
         self.dense = nn.Linear(emb_dim, emb_dim)
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[activation]
         self.ln = nn.LayerNorm(emb_dim, eps=norm_eps)
-        self.out = nn.Linear(emb_dim, vocab_size)
+        self.out = Head(emb_dim, vocab_size, bias=True)
+
+    def tp_plan(self, tp: int) -> Plan:
+        return {"dense": "whole", "ln": "whole", "out": "head"}
 
     def forward(self, h: Tensor) -> Tensor:
         return self.out(self.ln(self.activation(self.dense(h))))
@@ -31,6 +36,9 @@ class ClassificationHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(emb_dim, num_classes)
 
+    def tp_plan(self, tp: int) -> Plan:
+        return {"dense": "whole", "out": "whole"}
+
     def forward(self, h: Tensor) -> Tensor:
         first = self.dropout(h[:, 0]) if self.drop_input else h[:, 0]
         return self.out(self.dropout(self.dense(first).tanh()))
@@ -43,6 +51,9 @@ class SpanHead(nn.Module):
         super().__init__()
         self.out = nn.Linear(emb_dim, 2)
 
+    def tp_plan(self, tp: int) -> Plan:
+        return {"out": "whole"}
+
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         start, end = self.out(h).unbind(-1)
         return start.contiguous(), end.contiguous()
@@ -53,6 +64,9 @@ class Pooler(nn.Linear):
 
     def __init__(self, emb_dim: int):
         super().__init__(emb_dim, emb_dim)
+
+    def tp_plan(self, tp: int) -> Plan:
+        return {"": "whole"}
 
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h[:, 0]).tanh()

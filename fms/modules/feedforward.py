@@ -6,6 +6,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms.modules.tp import Plan, divided
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -24,6 +26,10 @@ class GatedLinearUnit(nn.Module):
         self.w1 = nn.Linear(emb_dim, hidden_dim, bias=bias)
         self.w2 = nn.Linear(hidden_dim, emb_dim, bias=bias)
 
+    def tp_plan(self, tp: int) -> Plan:
+        divided("hidden channels", self.w1.out_features, tp)
+        return {"": "enter", "wg": "colwise", "w1": "colwise", "w2": "rowwise"}
+
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.wg(x)) * self.w1(x))
 
@@ -36,6 +42,10 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.w1 = nn.Linear(emb_dim, hidden_dim, bias=bias)
         self.w2 = nn.Linear(hidden_dim, emb_dim, bias=bias)
+
+    def tp_plan(self, tp: int) -> Plan:
+        divided("hidden channels", self.w1.out_features, tp)
+        return {"": "enter", "w1": "colwise", "w2": "rowwise"}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.w1(x)))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fms.kernels.attend import Angles, LayerCache, attend_packed
@@ -14,6 +15,7 @@ from fms.modules.attention import Attention
 from fms.modules.block import Block, EncoderBlock
 from fms.modules.feedforward import FeedForward, GatedLinearUnit
 from fms.modules.moe import MixtureOfExperts, SharedExpert
+from fms.modules.tp import Communicator, Repeated, resharded
 
 
 class Fused(NamedTuple):
@@ -33,7 +35,9 @@ def fuse(*linears: nn.Linear) -> Fused:
             continue
         whole = torch.cat([p.detach() for p in parts])
         for linear, view in zip(linears, whole.split([len(p) for p in parts]), strict=True):
-            setattr(linear, kind, nn.Parameter(view, requires_grad=False))
+            if not isinstance(linear, Repeated):  # which keeps heads that this rank does not read
+                view = resharded(linear._parameters[kind], view)
+                linear.register_parameter(kind, nn.Parameter(view, requires_grad=False))
         fused.append(whole)
     return Fused(*fused)  # type: ignore[arg-type]
 
@@ -41,6 +45,7 @@ def fuse(*linears: nn.Linear) -> Fused:
 class Frozen(nn.Module):
     """A block's parts, under their names, and their weights as `forward` uses them: what `fuse` took of the parts."""
 
+    comm: Communicator | None  # of the ranks that hold the other shards
     attn: Attention
     ff: GatedLinearUnit | FeedForward | MixtureOfExperts
 
@@ -55,7 +60,8 @@ class Frozen(nn.Module):
     def fuse(self) -> None:
         attn, ff = self.attn, self.ff
         self.qkv = fuse(attn.query, attn.key, attn.value)
-        self.heads = attn.kvheads, attn.head_dim
+        self.heads = len(attn.key.weight) // attn.head_dim, attn.head_dim
+        self.comm = getattr(attn.dense, "comm", None)
         self.score_scale, self.norms = attn.scale, attn.norms
         self.dense = Fused(attn.dense.weight, attn.dense.bias)
         if isinstance(ff, MixtureOfExperts | SharedExpert):
@@ -65,6 +71,13 @@ class Frozen(nn.Module):
         self.up = fuse(ff.wg, ff.w1) if isinstance(ff, GatedLinearUnit) else Fused(ff.w1.weight, ff.w1.bias)
         self.activation = ff.activation
         self.down = Fused(ff.w2.weight, ff.w2.bias)
+
+    def end(self, x: Tensor, linear: Fused, residual: Tensor, scale: float = 1.0) -> Tensor:
+        """{linear + residual}, with the sum over ranks between where there are several."""
+        if self.comm is None:
+            return linear_add(x, linear, residual, scale)
+        y = self.comm.leave(F.linear(x, linear.weight))
+        return torch.add(residual, y if linear.bias is None else y + linear.bias, alpha=scale)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # moves the views one by one: they leave the fused weight
@@ -90,11 +103,11 @@ class FrozenBlock(Frozen):
     ) -> Tensor:
         qkv = norm_linear(x, self.ln, self.qkv)
         heads = attend_packed(qkv, *self.heads, angles, mask, layer, self.score_scale, norms=self.norms)
-        x = linear_add(heads, self.dense, x, self.scale)
+        x = self.end(heads, self.dense, x, self.scale)
         if isinstance(self.ff, MixtureOfExperts | SharedExpert):
             return torch.add(x, self.ff(normalise(x, self.ff_ln)), alpha=self.scale)
         h = norm_glu(x, self.ff_ln, self.up, self.activation, self.gated)
-        return linear_add(h, self.down, x, self.scale)
+        return self.end(h, self.down, x, self.scale)
 
 
 class FrozenEncoderBlock(Frozen):
@@ -104,9 +117,9 @@ class FrozenEncoderBlock(Frozen):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         qkv = norm_linear(x, None, self.qkv)
         heads = attend_packed(qkv, *self.heads, None, mask, None, self.score_scale, causal=False, norms=self.norms)
-        x = self.ln(linear_add(heads, self.dense, x))
+        x = self.ln(self.end(heads, self.dense, x))
         h = norm_glu(x, None, self.up, self.activation, self.gated)
-        return self.ff_ln(linear_add(h, self.down, x))
+        return self.ff_ln(self.end(h, self.down, x))
 
 
 def _fuse_again(block: Frozen, _: Any) -> None:

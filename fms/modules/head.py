@@ -7,8 +7,8 @@ class Head(nn.Linear):
     """Logits of hidden states, divided by `scaling`. `head(h)` is over the whole vocabulary, `head.local(h)` over
     the share that this process holds."""
 
-    def __init__(self, emb_dim: int, vocab_size: int, scaling: float = 1.0):
-        super().__init__(emb_dim, vocab_size, bias=False)
+    def __init__(self, emb_dim: int, vocab_size: int, scaling: float = 1.0, bias: bool = False):
+        super().__init__(emb_dim, vocab_size, bias=bias)
         self.scaling = scaling
 
     def local(self, h: Tensor) -> Tensor:

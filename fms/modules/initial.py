@@ -1,17 +1,28 @@
 """Random weights to begin with."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
 def reset_parameters(model: nn.Module) -> None:
-    """Normal of standard deviation 0.02, norms one, biases zero."""
+    """Normal of standard deviation 0.02, norms one, biases zero. A sharded model gets shards of the same weights."""
+    module: Any
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if name == "bias":
-                nn.init.zeros_(parameter)
-            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02)
+            shard = getattr(parameter, "_local_tensor", parameter)
+            whole = shard if shard.shape == parameter.shape else shard.new_empty(parameter.shape)
+            _draw(module, name, whole)
+            if whole is not shard:
+                shard.copy_(whole[module.shards[name]])
+
+
+def _draw(module: nn.Module, name: str, parameter: Tensor) -> None:
+    if name == "bias":
+        nn.init.zeros_(parameter)
+    elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+        nn.init.ones_(parameter)
+    else:
+        nn.init.normal_(parameter, std=0.02)

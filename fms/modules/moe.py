@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fms.kernels.grouped_linear import grouped_linear
 from fms.modules.feedforward import ACTIVATIONS, GatedLinearUnit
+from fms.modules.tp import Plan, divided, resharded
 
 
 class Experts(nn.Module):
@@ -18,10 +19,16 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, emb_dim, hidden_dim).normal_(std=0.02))
         self.fused: Tensor | None = None  # wg and w1, (experts, 2 hidden_dim, emb_dim)
 
+    def tp_plan(self, tp: int) -> Plan:
+        divided("hidden channels of experts", self.w2.shape[2], tp)
+        return {"": "experts"}
+
     def fuse(self) -> None:
         """For inference: one weight for wg and w1, which become views of it."""
         self.fused = torch.cat((self.wg.detach(), self.w1.detach()), 1)
-        self.wg, self.w1 = (nn.Parameter(view, requires_grad=False) for view in self.fused.chunk(2, 1))
+        for name, view in zip(("wg", "w1"), self.fused.chunk(2, 1), strict=True):
+            view = resharded(self._parameters[name], view)
+            self.register_parameter(name, nn.Parameter(view, requires_grad=False))
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Rows x (t, emb_dim), each through its k `chosen` experts (t, k), summed with `weights` (t, k)."""
@@ -41,7 +48,7 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """The weighted sum of the `top_k` experts that `gate` prefers for a token (Jiang et al. 2024, arXiv 2401.04088).
 
-    The weights are a softmax, in fp32, over the logits of the chosen ones: that over all experts, normalised.
+    The weights are a softmax, in fp32 at least, over the logits of the chosen ones: that over all experts, normalised.
     """
 
     def __init__(self, emb_dim: int, hidden_dim: int, num_experts: int, top_k: int, activation: str = "silu"):
@@ -50,12 +57,16 @@ class MixtureOfExperts(nn.Module):
         self.gate = nn.Linear(emb_dim, num_experts, bias=False)
         self.experts = Experts(emb_dim, hidden_dim, num_experts, activation)
 
+    def tp_plan(self, tp: int) -> Plan:
+        return {"": "enter", "gate": "partial"}
+
     def fuse(self) -> None:
         self.experts.fuse()
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        logits, chosen = self.gate(rows).float().topk(self.top_k)
+        logits = self.gate(rows)
+        logits, chosen = logits.to(torch.promote_types(logits.dtype, torch.float32)).topk(self.top_k)
         return self.experts(rows, logits.softmax(-1), chosen).view_as(x)
 
 
@@ -65,6 +76,9 @@ class SharedExpert(GatedLinearUnit):
     def __init__(self, emb_dim: int, hidden_dim: int, routed: MixtureOfExperts, activation: str = "silu"):
         super().__init__(emb_dim, hidden_dim, activation)
         self.routed = routed
+
+    def tp_plan(self, tp: int) -> Plan:
+        return super().tp_plan(tp) | {"routed": "within"}
 
     def fuse(self) -> None:
         self.routed.fuse()

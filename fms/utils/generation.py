@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fms.modules.cache import StaticCache
-from fms.utils.sampling import Sampling, choose, penalise
+from fms.utils.sampling import Sampling, Share, choose, penalise
 from fms.utils.serialization.errors import nearest
 from fms.utils.tokenizers import BaseTokenizer
 
@@ -181,6 +181,7 @@ class Run:
         if "" in self.stop:
             raise ValueError("stop strings must not be empty")
         self.timing = Timing()
+        self.share = _share(model.head) if after is None else None  # a hook sees whole logits
         self.device = model.embedding.weight.device
         _check_ids(prompts, model.config.src_vocab_size)
         self.prompts = [p.to(self.device) for p in prompts]
@@ -225,8 +226,9 @@ class Run:
         logits, kwargs = self._prefill()
         for i in range(self.max_new_tokens):
             if seen is not None:
-                logits = penalise(logits, seen, self.how.repetition_penalty)
-            tokens, fit = choose(logits, self.how, rows, start + i)
+                ours = seen if self.share is None else seen[:, self.share.first :][:, : logits.shape[-1]]
+                logits = penalise(logits, ours, self.how.repetition_penalty)
+            tokens, fit = choose(logits, self.how, rows, start + i, self.share)
             if self.after is not None:
                 changed, kwargs = self.after(max(self.lengths) + i, logits, tokens[:, None], kwargs)
                 tokens = changed.flatten()
@@ -299,7 +301,8 @@ class Run:
             inside = (ends >= first) & (ends < first + h.shape[1])
             here = h[torch.arange(len(h), device=h.device), (ends - first).clamp(0, h.shape[1] - 1)]
             last = here if last is None else torch.where(inside[:, None], here, last)
-        return self.model.head(last), kwargs
+        assert last is not None
+        return self._logits(last), kwargs
 
     def _decode(
         self, i: int, tokens: Tensor, kwargs: dict[str, Any], ended: Sequence[bool]
@@ -312,6 +315,9 @@ class Run:
         self.whole[torch.arange(len(tokens), device=self.device), self._last(i)] = tokens[:, 0]
         return self._step(i, self.whole, kwargs)
 
+    def _logits(self, h: Tensor) -> Tensor:
+        return self.model.head(h) if self.share is None else self.model.head.local(h)
+
     def _last(self, i: int) -> Tensor:
         """The place (b) in `whole` of each row's last token after i new ones; rows that have ended may be cut off."""
         return (torch.tensor(self.lengths, device=self.device) + i - 1).clamp(max=self.whole.shape[1] - 1)
@@ -320,10 +326,10 @@ class Run:
         if self.before is not None:
             input_ids, kwargs = self.before(i, input_ids, kwargs)
         if self.cache is not None:
-            return self.model(input_ids, last_n_tokens=1, **kwargs)[:, -1], kwargs
+            return self.model(input_ids, last_n_tokens=1, local=self.share is not None, **kwargs)[:, -1], kwargs
         anew = self.model.no_cache(self.span)
         h = self.model.hidden(input_ids, **({"cache": anew} | kwargs))
-        return self.model.head(h[torch.arange(len(h), device=h.device), self._last(i)]), kwargs
+        return self._logits(h[torch.arange(len(h), device=h.device), self._last(i)]), kwargs
 
 
 def _prompts(given: Any, tokenizer: BaseTokenizer | None) -> tuple[list[Tensor], Callable[..., Any]]:
@@ -357,6 +363,12 @@ def _prompts(given: Any, tokenizer: BaseTokenizer | None) -> tuple[list[Tensor],
         return [torch.cat((p, torch.tensor(n, dtype=p.dtype, device=p.device))) for p, n in zip(rows, new, strict=True)]
 
     return rows, as_rows
+
+
+def _share(head: Any) -> Share | None:
+    """Of the vocabulary, where several ranks hold it."""
+    comm = getattr(head, "comm", None)
+    return None if comm is None else Share(comm, head.shards["weight"][0].start, head.share)
 
 
 def _check_ids(prompts: Sequence[Tensor], vocabulary: int) -> None:

@@ -1,9 +1,13 @@
 """The next token of each row, on the logits' device. A row draws the same tokens alone, in a batch, or on shards."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fms.modules.tp import Communicator
 
 
 @dataclass(frozen=True)
@@ -41,31 +45,70 @@ class Sampling:
         return not self.do_sample or self.temperature == 0
 
 
-def choose(logits: Tensor, how: Sampling, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+class Share(NamedTuple):
+    """Which part of the vocabulary this rank's logits are of: from id `first` on; every rank has at most `size`."""
+
+    comm: Communicator
+    first: int
+    size: int
+
+
+def choose(
+    logits: Tensor, how: Sampling, rows: Tensor, positions: Tensor, share: Share | None = None
+) -> tuple[Tensor, Tensor]:
     """Token ids (b) for logits (b, vocabulary), and whether the logits are fit for use (b): no NaN, no infinite winner.
 
-    `rows` (b) are the rows' numbers, `positions` (b) the places in their sequences that the tokens will have.
+    `rows` (b) are the rows' numbers, `positions` (b) the places in their sequences that the tokens will have. Of a
+    `share` of the vocabulary only candidates are exchanged, and the whole logits where top_p stands without top_k.
     """
+    first = 0
+    if share is not None:
+        first = share.first
+        logits = F.pad(logits, (0, share.size - logits.shape[-1]), value=float("-inf"))
+    ids = torch.arange(first, first + logits.shape[-1], device=logits.device).expand_as(logits)
     if how.greedy:
-        best, ids = logits.max(-1)
-        return ids, best.isfinite()
+        logits, ids = _winners(logits, ids, share)
+        return ids[:, 0], logits[:, 0].isfinite()
     logits = logits.float() / how.temperature
-    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
-    if how.top_k or (how.top_p or 1) < 1:
-        k = min(how.top_k or len(vocabulary), len(vocabulary))
-        logits, ids = logits.topk(k, dim=-1)  # sorted, which top_p needs
-    else:
-        ids = vocabulary.expand_as(logits)
-    best = logits.amax(-1)
+    if how.top_k:
+        logits, ids = _top(logits, ids, how.top_k)
+        if share is not None:
+            logits, ids = _top(share.comm.gather(logits), share.comm.gather(ids), how.top_k)
+    elif (how.top_p or 1) < 1:
+        if share is not None:
+            logits, ids, share = share.comm.gather(logits), share.comm.gather(ids), None
+        logits, ids = _top(logits, ids, logits.shape[-1])
+    if how.top_k:
+        share = None  # all ranks have the same candidates now
+    best = logits.amax(-1, keepdim=True)
+    if share is not None:
+        best = share.comm.gather(best).amax(-1, keepdim=True)
     if how.top_p is not None and how.top_p < 1:
         probabilities = logits.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         logits = logits.masked_fill(before >= how.top_p, float("-inf"))
     if how.min_p:
-        floor = best[:, None] + torch.tensor(how.min_p, device=logits.device).log()
+        floor = best + torch.tensor(how.min_p, device=logits.device).log()
         logits = logits.masked_fill(logits < floor, float("-inf"))
     noisy = logits + gumbel(how.seed + rows[:, None], positions[:, None], ids)
-    return ids.gather(-1, noisy.argmax(-1, keepdim=True))[:, 0], best.isfinite()
+    return _winners(noisy, ids, share)[1][:, 0], best[:, 0].isfinite()
+
+
+def _top(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest, sorted, which top_p needs."""
+    logits, places = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    return logits, ids.gather(-1, places)
+
+
+def _winners(scores: Tensor, ids: Tensor, share: Share | None) -> tuple[Tensor, Tensor]:
+    """The score and the id (b, 1 each) of the highest score, over all ranks."""
+    place = scores.argmax(-1, keepdim=True)
+    score, winner = scores.gather(-1, place), ids.gather(-1, place)
+    if share is None:
+        return score, winner
+    pairs = share.comm.gather(torch.cat((score.double(), winner.double()), -1)).unflatten(-1, (-1, 2))  # b ranks 2
+    rank = pairs[..., 0].argmax(-1, keepdim=True)
+    return pairs[..., 0].gather(-1, rank), pairs[..., 1].gather(-1, rank).long()
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

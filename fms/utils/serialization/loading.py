@@ -1,11 +1,12 @@
 """From a checkpoint into a model that was described on the meta device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
+from fms.modules.tp import resharded
 from fms.utils.serialization.checkpoint import Checkpoint
 from fms.utils.serialization.errors import CheckpointError, nearest
 from fms.utils.serialization.readers import Reader
@@ -26,9 +27,9 @@ def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[
     wanted = {name: p.shape for name, p in model.named_parameters()}  # of a tied pair the first
     reader = checkpoint.reader
     wrong = [
-        f"{name}: {parts[name].key} has shape {list(got)}, the model wants {list(shape)}"
+        f"{name}: {_described(part, reader)}, the model wants {list(shape)}"
         for name, shape in wanted.items()
-        if name in parts and (got := parts[name].shape(reader)) != tuple(shape)
+        if (part := parts.get(name)) is not None and part.shape(reader) != tuple(shape)
     ]
     wrong += _badly_split(parts, reader)
     if strict:
@@ -41,6 +42,12 @@ def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[
         shown = wrong[:SHOWN] + ([f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else [])
         raise CheckpointError("\n  ".join([f"{checkpoint.path} does not fit the model:", *shown]))
     return {name: parts[name] for name in wanted if name in parts}
+
+
+def _described(part: Part, reader: Reader) -> str:
+    if part.rows is None:
+        return f"{part.key} has shape {list(part.shape(reader))}"
+    return f"{part.key}, of which it is a part, has shape {list(reader.shape(part.key))}"
 
 
 def _badly_split(parts: Mapping[str, Part], reader: Reader) -> list[str]:
@@ -72,25 +79,29 @@ def fill(
     `finite` raises `CheckpointError` naming the tensors that hold NaN or infinity.
     """
 
-    def read(part: Part) -> Tensor:
-        return part.read(reader).to(device, dtype)
+    def read(name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        shards = getattr(model.get_submodule(owner), "shards", {})
+        return parts[name].read(reader, shards.get(leaf, ())).to(device, dtype)
 
     bad = []
     with ThreadPoolExecutor(READERS) as pool:
-        for name, tensor in _in_order(pool, read, parts):
+        for name, tensor in _in_order(pool, read, list(parts)):
             if finite and not tensor.isfinite().all():
                 bad.append(f"{name} (from {parts[name].key})")
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+            module = model.get_submodule(owner)
+            tensor = resharded(module._parameters[leaf], tensor)
+            module.register_parameter(leaf, nn.Parameter(tensor))
     if bad:
         raise CheckpointError(f"not finite: {', '.join(bad)}")
 
 
-def _in_order(pool: ThreadPoolExecutor, read, parts: Mapping[str, Part]):
+def _in_order(pool: ThreadPoolExecutor, read: Callable[[str], Tensor], names: Sequence[str]) -> Iterator:
     """Pairs of name and tensor, at most `READERS` of them read ahead."""
     waiting: list = []
-    for name, part in parts.items():
-        waiting.append((name, pool.submit(read, part)))
+    for name in names:
+        waiting.append((name, pool.submit(read, name)))
         if len(waiting) > READERS:
             first, future = waiting.pop(0)
             yield first, future.result()

@@ -1,0 +1,222 @@
+"""Tensor parallelism on real ranks equals one process: logits, tokens, gradients, files, for every family."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fms.models import freeze, get_model
+from fms.models.convert import save_model
+from fms.utils.generation import generate
+from tests.distributed.ranks import Ranks
+
+SIZES = {"src_vocab_size": 103, "emb_dim": 64, "nheads": 8, "hidden_dim": 96, "nlayers": 2, "max_expected_seq_len": 64}
+DECODER = SIZES | {"head_dim": 8, "kvheads": 4, "pad_id": None}
+EXPERTS = {"num_experts": 4, "top_k_experts": 2}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama", "micro", DECODER),
+    "llama, two key heads, tied": ("llama", "micro", DECODER | {"kvheads": 2, "tie_heads": True, "pad_id": 60}),
+    "llama, one key head": ("llama", "micro", DECODER | {"kvheads": 1}),
+    "granite, biases": ("granite", "8b", DECODER | {"attn_bias": True, "mlp_bias": True}),
+    "gpt_bigcode": ("gpt_bigcode", "micro", DECODER | {"kvheads": 1}),
+    "mistral": ("mistral", "7b", DECODER | {"sliding_window": 6}),
+    "qwen3": ("qwen3", "0.6b", DECODER),
+    "mixtral": ("mixtral", "8x7b", DECODER | EXPERTS),
+    "granite 4": ("granite_moe_hybrid", "8b", DECODER | EXPERTS | {"expert_dim": 32}),
+    "roberta": ("roberta", "micro", SIZES | {"p_dropout": 0.0, "attn_dropout": 0.0}),
+    "bert classification": ("bert_classification", "base", SIZES | {"p_dropout": 0.0, "attn_dropout": 0.0}),
+}
+DECODERS = [name for name in CASES if "bert" not in name]
+LAYERS = 2
+# In a forward: one for the embedding, two a layer, one that gathers logits. Granite 4 adds one a layer for its experts.
+EXTRA = {"granite 4": LAYERS}
+
+
+def random_model(case: str, mesh: Any = None) -> Any:
+    """The same random model whatever the ranks: of one process, or placed on a mesh."""
+    architecture, variant, fields = CASES[case]
+    torch.manual_seed(0)
+    kwargs = {"distributed_strategy": "none"} if mesh is None else {"distributed_strategy": "tp", "group": mesh}
+    model = get_model(architecture, variant, **kwargs, **fields)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            getattr(parameter, "_local_tensor", parameter).mul_(8)  # std 0.16
+    return model.double()
+
+
+def some_ids(*shape: int) -> Tensor:
+    return torch.randint(2, 103, shape, generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(mesh: Any, case: str, frozen: bool) -> tuple[Tensor, dict[str, int]]:
+    model = random_model(case, mesh)
+    if frozen:
+        freeze(model)
+    comm = model.embedding.comm
+    with torch.no_grad():
+        comm.counts.clear()
+        logits = model(some_ids(2, 9))
+    return logits, {name: n for name, n in comm.counts.items() if "bytes" not in name}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_collectives(ranks: Ranks, case: str, size: int, frozen: bool) -> None:
+    with torch.no_grad():
+        want = random_model(case)(some_ids(2, 9))
+    for logits, counts in ranks.run(size, logits_of, case, frozen):
+        torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
+        assert counts["all_reduce"] == 1 + 2 * LAYERS + EXTRA.get(case, 0)
+        assert counts.get("all_gather", 0) == (0 if "classification" in case else 1)
+
+
+def gradients_of(mesh: Any, case: str) -> dict[str, Tensor]:
+    model = random_model(case, mesh)
+    model(some_ids(2, 9)).square().mean().backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(ranks: Ranks, case: str, size: int) -> None:
+    model = random_model(case)
+    model(some_ids(2, 9)).square().mean().backward()
+    want = {name: p.grad for name, p in model.named_parameters()}
+    largest = max(gradient.abs().max() for gradient in want.values())
+    for got in ranks.run(size, gradients_of, case):
+        assert got.keys() == want.keys()
+        for name in want:
+            torch.testing.assert_close(got[name] / largest, want[name] / largest, rtol=0, atol=1e-9, msg=name)
+
+
+def steps_of(mesh: Any, case: str) -> list[float]:
+    """Losses and gradient norms of four AdamW steps."""
+    model = random_model(case, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)  # tiny gradients keep their size
+    ids, seen = some_ids(2, 10), []
+    for _ in range(4):
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        seen += [loss.item(), getattr(norm, "full_tensor", lambda n=norm: n)().item()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize("case", ["llama, two key heads, tied", "granite, biases", "gpt_bigcode", "mixtral", "qwen3"])
+def test_four_steps_of_training(ranks: Ranks, case: str) -> None:
+    want = steps_of(None, case)
+    for got in ranks.run(2, steps_of, case):
+        assert got == pytest.approx(want, rel=1e-7)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"seed": 3, "temperature": 0.8, "top_k": 7},
+    {"seed": 4, "top_p": 0.9},
+    {"seed": 5, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3},
+    {"seed": 6, "min_p": 0.1},
+    {"use_cache": False},
+]
+
+
+def tokens_of(mesh: Any, case: str, options: dict[str, Any]) -> list[list[int]]:
+    model = freeze(random_model(case, mesh))
+    rows = [some_ids(9)[:n] for n in (4, 9, 2)]
+    return [row.tolist() for row in generate(model, rows, max_new_tokens=8, **options)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_tokens(ranks: Ranks, options: dict[str, Any]) -> None:
+    for case, size in (("llama", 2), ("llama, two key heads, tied", 4)):
+        want = tokens_of(None, case, options)
+        assert all(got == want for got in ranks.run(size, tokens_of, case, options))
+
+
+@pytest.mark.parametrize("case", DECODERS)
+def test_greedy_tokens_of_each_family(ranks: Ranks, case: str) -> None:
+    want = tokens_of(None, case, {})
+    assert all(got == want for got in ranks.run(2, tokens_of, case, {}))
+
+
+def token_collectives(mesh: Any, case: str) -> dict[str, int]:
+    model = freeze(random_model(case, mesh))
+    cache = model.make_cache(1, 20)
+    generate(model, some_ids(1, 5), max_new_tokens=2, cache=cache)
+    comm = model.embedding.comm
+    comm.counts.clear()
+    generate(model, some_ids(1, 1), max_new_tokens=1, cache=cache)
+    return {name: n for name, n in comm.counts.items() if "bytes" not in name}
+
+
+def test_one_collective_more_for_the_token(ranks: Ranks) -> None:
+    for counts in ranks.run(2, token_collectives, "llama"):
+        assert counts == {"all_reduce": 1 + 2 * LAYERS, "all_gather": 1}
+
+
+def loaded(mesh: Any, path: str, frozen: bool) -> tuple[Tensor, dict[str, Tensor], int]:
+    model = get_model(model_path=path, distributed_strategy="tp", group=mesh)
+    held = sum(p._local_tensor.numel() for p in model.parameters())
+    if frozen:
+        freeze(model)
+    state = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        return model(some_ids(2, 9)), state, held
+
+
+@pytest.mark.parametrize("to", ["own", "hf", "meta"])
+def test_files_are_read_into_shards(ranks: Ranks, to: str, tmp_path: Any) -> None:
+    case = "llama, two key heads, tied" if to != "meta" else "llama"
+    model = random_model(case)
+    save_model(model, tmp_path / "out", to)
+    with torch.no_grad():
+        want = model(some_ids(2, 9))
+    whole = sum(p.numel() for p in model.parameters())
+    for frozen in (False, True):
+        for logits, state, held in ranks.run(2, loaded, str(tmp_path / "out"), frozen):
+            torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
+            assert held < 0.55 * whole
+            assert state.keys() == model.state_dict().keys()
+            assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def fails(mesh: Any, options: dict[str, Any]) -> str:
+    try:
+        get_model("llama", "micro", distributed_strategy="tp", group=mesh, **(DECODER | options))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nheads": 9, "kvheads": 9}, "9 query heads can't be split over 2 ranks"),
+        ({"hidden_dim": 95}, "95 hidden channels can't be split over 2 ranks"),
+        ({"nheads": 6, "kvheads": 3}, "3 key and value heads can't be split over 2 ranks"),
+        ({"tp_plan": {"hed": "whole"}}, "tp_plan names 'hed', which the plan has not (did you mean 'head'?)"),
+        ({"tp_plan": {"head": "columns"}}, "head is 'columns', which is not one of enter"),
+    ],
+)
+def test_what_can_not_be_split(ranks: Ranks, options: dict[str, Any], words: str) -> None:
+    assert all(words in said for said in ranks.run(2, fails, options))
+
+
+def compiled(mesh: Any, case: str) -> tuple[Tensor, Tensor]:
+    model = random_model(case, mesh)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits = run(some_ids(2, 9))
+    logits.square().mean().backward()
+    return logits.detach(), model.layers[0].attn.dense._parameters["weight"].grad.full_tensor()
+
+
+def test_compiles_without_a_graph_break(ranks: Ranks) -> None:
+    model = random_model("llama")
+    want = model(some_ids(2, 9))
+    want.square().mean().backward()
+    for logits, gradient in ranks.run(2, compiled, "llama"):
+        torch.testing.assert_close(logits, want.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(gradient, model.layers[0].attn.dense.weight.grad, rtol=1e-7, atol=1e-9)
