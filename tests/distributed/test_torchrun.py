@@ -1,0 +1,42 @@
+"""Programs started by torchrun: they split the model by themselves, one speaks, and a failure ends all."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(size: int, *command: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=280, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_smollm2_says_the_same_on_three_ranks(smollm2: Path) -> None:
+    command = ["generate", "What is the capital of France?", "--model_path", str(smollm2), "--chat"]
+    alone = subprocess.run([sys.executable, "-m", "fms", *command], capture_output=True, text=True, cwd=ROOT)
+    three = torchrun(3, "-m", "fms", *command)
+    assert three.returncode == 0, three.stderr
+    assert "Paris" in alone.stdout
+    assert three.stdout == alone.stdout
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from fms.models import get_model\n"
+        "model = get_model('llama', 'micro')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    raise RuntimeError('this rank has had enough')\n"
+        "import torch\n"
+        "model(torch.zeros(1, 4, dtype=torch.long))\n"
+    )
+    done = torchrun(2, str(program))
+    assert done.returncode != 0
+    assert "this rank has had enough" in done.stderr
