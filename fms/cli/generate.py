@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fms.cli.flags import nearest
 from fms.cli.loading import Loaded, load, read_text, run_options
 
 if TYPE_CHECKING:
@@ -156,11 +157,13 @@ def read_batch(file: str) -> list[str]:
     prompts = []
     for number, line in lines:
         try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{file}:{number}: {line[:60]!r} is not a JSON object with a "prompt": {error!r}'
-            ) from None
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: {line[:60]!r} is not JSON: {error}") from None
+        if not isinstance(record, dict) or "prompt" not in record:
+            near = nearest("prompt", record) if isinstance(record, dict) else ""
+            raise ValueError(f'{file}:{number}: {line[:60]!r} is not a JSON object with a "prompt"{near}')
+        prompt = record["prompt"]
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"{file}:{number}: the prompt is {prompt!r}, it must be text that is not empty")
         prompts.append(prompt)

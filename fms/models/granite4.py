@@ -7,7 +7,7 @@ from torch import nn
 
 from fms.models.decoder import Decoder
 from fms.models.granite import MULTIPLIERS, GraniteConfig, granite_parts
-from fms.models.llama import FMS, fused_gate_up
+from fms.models.llama import FMS_UNFUSED, fused_gate_up
 from fms.models.mixtral import REST_OF_HF, ROUTER, stacked_gate_up
 from fms.models.registry import register_variants
 from fms.modules.feedforward import GatedLinearUnit
@@ -133,4 +133,4 @@ def _write(c: GraniteMoeHybridConfig) -> Values:
 
 
 register_source("granite_moe_hybrid", "hf", HF, replace(_MAP, read_more=_read, write_more=_write))
-register_source("granite_moe_hybrid", "fms", FMS)
+register_source("granite_moe_hybrid", "fms", FMS_UNFUSED)

@@ -80,9 +80,7 @@ class LLaMA(Decoder):
 _7B = LLaMAConfig()
 _13B = _7B.updated(emb_dim=5120, nheads=40, kvheads=40, nlayers=40, hidden_dim=13_824)
 _70B = _7B.updated(emb_dim=8192, nheads=64, kvheads=8, nlayers=80, hidden_dim=28_672)
-_3_8B = _7B.updated(
-    src_vocab_size=128_256, kvheads=8, hidden_dim=14_336, max_expected_seq_len=8192, rope_theta=500_000.0
-)
+_3_8B = _7B.updated(src_vocab_size=128_256, kvheads=8, hidden_dim=14_336, max_expected_seq_len=8192, rope_theta=5e5)
 _LONG = RopeScaling("llama3", factor=8.0, original_max_len=8192)
 _3_1_8B = _3_8B.updated(max_expected_seq_len=131_072, rope_scaling=_LONG)
 _3_2 = _3_1_8B.updated(rope_scaling=RopeScaling("llama3", factor=32.0, original_max_len=8192), tie_heads=True)
@@ -194,6 +192,8 @@ FMS: list[Rule] = [
     ("base_model.dec_norm", "dec_norm"),
     ("head", "head"),
 ]
+# for families that are not fused there: what comes first is what is written
+FMS_UNFUSED = sorted(FMS, key=lambda rule: "fused" in rule[0])
 register_source("llama", "hf", HF, hf_map("llama", "LlamaForCausalLM"))
 register_source("llama", "meta", META, meta_map())
 register_source("llama", "gguf", GGUF, gguf_map("llama"))

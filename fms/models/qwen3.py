@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fms.models.decoder import Decoder
-from fms.models.llama import FMS, HF, llama_parts
+from fms.models.llama import FMS_UNFUSED, HF, llama_parts
 from fms.models.registry import register_variants
 from fms.utils.config import DecoderConfig
 from fms.utils.serialization.config_hf import HF_FIXED, hf_map
@@ -67,4 +67,4 @@ FMS_NORMS: list[Rule] = [
 FIXED = {**HF_FIXED, "use_sliding_window": (False,), "sliding_window": (None,)}
 MAP = hf_map("qwen3", "Qwen3ForCausalLM", fixed=FIXED, harmless=("max_window_layers", "layer_types"))
 register_source("qwen3", "hf", [*HF, *NORMS, *BARE], MAP)
-register_source("qwen3", "fms", [*FMS, *FMS_NORMS])
+register_source("qwen3", "fms", [*FMS_UNFUSED, *FMS_NORMS])

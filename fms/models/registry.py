@@ -40,9 +40,8 @@ def list_models() -> list[str]:
 def list_variants(architecture: str) -> list[str]:
     """The names of an architecture's variants. Raises `KeyError` if there is no such architecture."""
     if architecture not in _FACTORIES:
-        raise KeyError(
-            f"no architecture {architecture!r}{nearest(architecture, _FACTORIES)}; there are {', '.join(_FACTORIES)}"
-        )
+        hint = " (a path is model_path=...)" if "/" in str(architecture) else nearest(architecture, _FACTORIES)
+        raise KeyError(f"no architecture {architecture!r}{hint}; there are {', '.join(_FACTORIES)}")
     return list(_FACTORIES[architecture])
 
 

@@ -54,10 +54,16 @@ def check_fields(kind: type, names: Iterable[str]) -> None:
 
 
 def check_values(config: Any, sizes: Iterable[str]) -> None:
-    """Raise `ValueError` for what can't be: sizes, the activation, the padding id, a dropout."""
+    """Raise `ValueError` for what can't be: sizes, switches, numbers, the activation, the padding id, a dropout."""
     for name in sizes:
         if not isinstance(size := getattr(config, name), int) or size < 1:
             raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is bool and not isinstance(value, bool):
+            raise ValueError(f"{field.name}={value!r} must be True or False")
+        if field.type is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{field.name}={value!r} must be a number")
     if config.activation_fn not in ACTIVATIONS:
         raise ValueError(
             f"activation_fn={config.activation_fn!r} is not known{nearest(config.activation_fn, ACTIVATIONS)}; "

@@ -53,8 +53,24 @@ CASES: dict[str, tuple[str, dict, dict]] = {  # architecture, ours, theirs
     "llama3": ("llama", {"kvheads": 2, "rope_scaling": LLAMA3}, {"rope_scaling": THEIR_LLAMA3}),
     "granite": ("granite", {"kvheads": 2, "tie_heads": True, **MULTIPLIERS}, {"head_dim": 8}),
     "granite, head_dim": ("granite", {"kvheads": 2, "tie_heads": False, "head_dim": 12, **MULTIPLIERS}, {}),
+    "granite 4": ("granite_moe_hybrid", {"kvheads": 2, "pad_id": None, **MULTIPLIERS}, {"head_dim": 8, "pad_id": -1}),
+    "mistral": ("mistral", {"kvheads": 2, "head_dim": 12}, {}),
+    "qwen3": ("qwen3", {"kvheads": 2, "head_dim": 12, "tie_heads": False}, {}),
+    # where pad_id is a token, theirs gives it no position
+    "gpt_bigcode, mqa": ("gpt_bigcode", {"kvheads": 1, "pad_id": None}, {"pad_id": -1}),
+    "gpt_bigcode, mha": ("gpt_bigcode", {"pad_id": None}, {"pad_id": -1, "multiquery_attn": False}),
 }
-VARIANTS = {"llama": "micro", "granite": "8b"}
+VARIANTS = {
+    "llama": "micro",
+    "granite": "8b",
+    "granite_moe_hybrid": "8b",
+    "mistral": "7b",
+    "qwen3": "0.6b",
+    "gpt_bigcode": "micro",
+}
+UNFUSED = {"qwen3", "granite_moe_hybrid"}  # in their variants
+# a fused Qwen3 lacks its norms there
+MADE = [(name, fused) for name in CASES for fused in (True, False) if not (fused and name == "qwen3")]
 
 
 def ask(cases: list[dict], directory: Path) -> None:
@@ -94,7 +110,7 @@ def compare(model: Decoder, theirs: dict, what: str) -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each case's random weights by ibm-fms, fused and not, and what it makes of them."""
     directory = tmp_path_factory.mktemp("made")
-    cases = [case_of(name, fused, False, directory) for name in CASES for fused in (True, False)]
+    cases = [case_of(name, fused, False, directory) for name, fused in MADE]
     for case in cases:
         Path(case["weights"]).parent.mkdir()
     ask(cases, directory)
@@ -106,9 +122,13 @@ def read(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each case's weights as we write them for it, and what it makes of them."""
     directory = tmp_path_factory.mktemp("read")
     for name in CASES:
-        save_model(loaded(name, False, made), case_of(name, True, True, directory)["weights"], "fms")
-    ask([case_of(name, True, True, directory) for name in CASES], directory)
+        save_model(loaded(name, False, made), case_of(name, written_fused(name), True, directory)["weights"], "fms")
+    ask([case_of(name, written_fused(name), True, directory) for name in CASES], directory)
     return directory
+
+
+def written_fused(name: str) -> bool:
+    return CASES[name][0] not in UNFUSED
 
 
 def loaded(name: str, fused: bool, made: Path) -> Decoder:
@@ -117,8 +137,7 @@ def loaded(name: str, fused: bool, made: Path) -> Decoder:
     return get_model(architecture, VARIANTS[architecture], case["weights"], source="fms", **OURS | ours)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "fused"), MADE)
 def test_what_it_saves_is_read_here(made, name, fused):
     theirs = torch.load(case_of(name, fused, False, made)["out"])
     model = loaded(name, fused, made)
@@ -128,5 +147,5 @@ def test_what_it_saves_is_read_here(made, name, fused):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_we_write_is_read_there(made, read, name):
-    theirs = torch.load(case_of(name, True, True, read)["out"])
+    theirs = torch.load(case_of(name, written_fused(name), True, read)["out"])
     compare(loaded(name, False, made), theirs, f"{name}, written by us")

@@ -136,6 +136,7 @@ def test_what_is_absent_or_null_has_transformers_defaults() -> None:
         ({"is_encoder_decoder": True}, "is_encoder_decoder=True"),
         ({"hidden_act": "silo"}, "hidden_act='silo' is not known (did you mean 'silu'?)"),
         ({"hidden_size": None}, "has no 'hidden_size'"),
+        ({"hidden_size": None, "hiden_size": 8}, "has no 'hidden_size' (did you mean 'hiden_size'?)"),
         ({"rope_scaling": {"factor": 8.0}}, "rotary scaling None is not known"),
         ({"rope_scaling": {"type": "linaer", "factor": 8.0}}, "'linaer' is not known (did you mean 'linear'?)"),
         ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "rotary scaling 'longrope' is not known"),

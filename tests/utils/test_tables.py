@@ -283,3 +283,20 @@ def test_a_fused_tensor_with_rows_left_over_does_not_fit(directory, changes, mes
 def test_a_fused_tensor_with_too_few_rows_does_not_fit(directory):
     with pytest.raises(CheckpointError, match=r"wg1_fused.weight has 28 rows, the model wants 60"):
         load(directory, hidden_dim=30)
+
+
+def test_a_part_of_a_fused_tensor_tells_the_shape_of_the_whole(directory):
+    shape = r"qkv_fused.weight, of which it is a part, has shape \[48, 8\], the model wants \[16, 9\]"
+    with pytest.raises(CheckpointError, match=f"layers.1.attn.key.weight: base_model.*{shape}"):
+        load(directory, emb_dim=9)
+
+
+def test_a_tied_pair_that_differs_is_an_error(tmp_path):
+    sizes = config(nheads=4, group=1, head_dim=4, emb_dim=8).as_dict() | {"tie_heads": True}
+    directory = save_model(get_model("llama", "micro", **sizes), tmp_path / "fms", "fms")
+    load(directory, tie_heads=True)
+    change(directory, **{"head.weight": torch.zeros(11, 8)})
+    load(directory, tie_heads=False)
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=r"head.weight is not base_model.embedding.weight.*\(tie_heads\)"):
+            load(directory, strict, tie_heads=True)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fms.utils.serialization.errors import CheckpointError, nearest
 from fms.utils.serialization.readers import Reader, open_reader
-from fms.utils.serialization.sources import find_by_kind, get_source, known_kinds
+from fms.utils.serialization.sources import find_by_kind, get_source, known_kinds, known_sources
 from fms.utils.serialization.tables import Part, Rule, match
 
 OWN_VERSION = 1
@@ -74,6 +76,10 @@ def open_checkpoint(path: str | Path, source: str | None = None, architecture: s
                 _agree(path, architecture, fit[0])
                 architecture = fit[0]
     if architecture is None:
+        if source not in (known := known_sources()):
+            raise CheckpointError(
+                f"source={source!r} is not known{nearest(source, known)}; known are {', '.join(known)}"
+            )
         raise CheckpointError(f"{path}: {source} files do not say which model they are: give architecture and variant")
     if source == "own":
         return Checkpoint(path, source, architecture, None, reader)
@@ -142,7 +148,7 @@ def _values(source: str, file: Path, reader: Reader) -> tuple[dict[str, Any] | N
     if source == "gguf":
         metadata: Mapping[str, Any] = reader.metadata  # type: ignore[attr-defined]
         kind = str(metadata.get("general.architecture"))
-        values = {k.removeprefix(f"{kind}."): v for k, v in metadata.items() if k.startswith(f"{kind}.")}
+        values = {k.removeprefix(f"{kind}."): _decimal(v) for k, v in metadata.items() if k.startswith(f"{kind}.")}
         values |= {
             "vocab_size": _shape(shapes, "token_embd.weight", file)[0],
             "tied": "output.weight" not in shapes,
@@ -152,6 +158,11 @@ def _values(source: str, file: Path, reader: Reader) -> tuple[dict[str, Any] | N
         }
         return values, kind
     return None, None
+
+
+def _decimal(value: Any) -> Any:
+    """A number of fp32 as it was written: 1e-05 instead of 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) and np.float32(value) == value else value
 
 
 def _same_rows(reader: Reader, one: str, other: str) -> bool:

@@ -40,10 +40,12 @@ class ConfigMap:
         """Our fields. Raises `CheckpointError` on a field that is missing, not known, or of a value we do not have."""
         left = dict(values)
         ours: Values = {}
+        known = [theirs for theirs, _, _ in self.fields] + list(self.fixed)
         for theirs, name, default in self.fields:
             value = left.pop(theirs, None)
             if value is None and default is REQUIRED:
-                raise CheckpointError(f"{where} has no {theirs!r}")
+                near = nearest(theirs, [name for name in values if name not in known and not self._is_harmless(name)])
+                raise CheckpointError(f"{where} has no {theirs!r}{near}")
             if value is None:
                 value = default(values) if callable(default) else default
             ours[name] = value
@@ -56,14 +58,16 @@ class ConfigMap:
         for name, allowed in self.fixed.items():
             if (value := left.pop(name, allowed[0])) not in allowed:
                 raise CheckpointError(f"{where}: {name}={value!r} is not supported here, only {allowed[0]!r}")
-        known = [theirs for theirs, _, _ in self.fields] + list(self.fixed)
         for name in left:
-            if not any(name == h or (h.endswith("*") and name.startswith(h[:-1])) for h in self.harmless):
+            if not self._is_harmless(name):
                 raise CheckpointError(
                     f"{where}: field {name!r} (= {left[name]!r}) is not known for {self.kinds[0]}"
                     f"{nearest(name, known)}: it may change the result, so it is not ignored"
                 )
         return ours
+
+    def _is_harmless(self, name: str) -> bool:
+        return any(name == h or (h.endswith("*") and name.startswith(h[:-1])) for h in self.harmless)
 
     def write(self, config: Any) -> Values:
         """Their fields for our configuration."""

@@ -17,10 +17,10 @@ READERS = 2  # threads: one waits for the disk while another converts
 
 
 def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[str, Part]:
-    """Where each parameter comes from. Reads no weights.
+    """Where each parameter comes from. Reads no weights but a few rows of a tied pair that the file has twice.
 
     Raises one `CheckpointError` that names every key that no rule takes, every parameter that nothing fills and every
-    wrong shape; with `strict=False` only for the shapes.
+    wrong shape, and a tied pair that differs; with `strict=False` only for these two.
     """
     parts, unknown = checkpoint.parts(model.config)
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -32,6 +32,7 @@ def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[
         if (part := parts.get(name)) is not None and part.shape(reader) != tuple(shape)
     ]
     wrong += _badly_split(parts, reader)
+    wrong += _torn(model, parts, reader)
     if strict:
         extra = [*unknown, *(part.key for name, part in parts.items() if name not in aliases)]
         missing = [name for name in wanted if name not in parts]
@@ -48,6 +49,19 @@ def _described(part: Part, reader: Reader) -> str:
     if part.rows is None:
         return f"{part.key} has shape {list(part.shape(reader))}"
     return f"{part.key}, of which it is a part, has shape {list(reader.shape(part.key))}"
+
+
+def _torn(model: nn.Module, parts: Mapping[str, Part], reader: Reader) -> list[str]:
+    """Tied parameters of which the checkpoint has two that begin with other rows: one of them would be lost."""
+    first: dict[nn.Parameter, str] = {}
+    wrong = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        one = first.setdefault(parameter, name)
+        if one != name and one in parts and name in parts and parts[one].shape(reader) == parts[name].shape(reader):
+            head = (slice(0, min(4, len(parameter))),)
+            if not parts[one].read(reader, head).equal(parts[name].read(reader, head)):
+                wrong.append(f"{name}: {parts[name].key} is not {parts[one].key}, the model ties them (tie_heads)")
+    return wrong
 
 
 def _badly_split(parts: Mapping[str, Part], reader: Reader) -> list[str]:

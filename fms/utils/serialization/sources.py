@@ -32,6 +32,11 @@ def list_sources(architecture: str) -> list[str]:
     return [*_SOURCES.get(architecture, {}), "own"]
 
 
+def known_sources() -> list[str]:
+    """The formats of all architectures."""
+    return list(dict.fromkeys(name for architecture in _SOURCES for name in list_sources(architecture)))
+
+
 def get_source(architecture: str, source: str) -> Source:
     """Raises `CheckpointError` if the architecture has no such format."""
     known = list_sources(architecture)
