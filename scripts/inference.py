@@ -34,7 +34,7 @@ def make_parser() -> flags.Parser:
     modes = ["default", "reduce-overhead", "max-autotune"]
     add("--compile_mode", choices=modes, default="default", help="torch.compile's mode (default: default)")
     add("--deterministic", action="store_true", help="deterministic algorithms only, seed 42 (default: not)")
-    add("--distributed", action="store_true", help="several GPUs: not possible yet, an error")
+    add("--distributed", action="store_true", help="split the model over the processes that torchrun started")
     add("--batch_input", action="store_true", help="both questions in one batch (default: one after the other)")
     add(
         "--min_pad_length",
@@ -57,8 +57,8 @@ def main(words: list[str]) -> int:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    if args.distributed or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("several processes (--distributed, torchrun) are not possible yet: start one")
+    if args.distributed and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError("--distributed needs several processes: start with torchrun")
     if args.compile_mode != "default" and not args.compile:
         raise ValueError(f"--compile_mode={args.compile_mode} needs --compile")
     for flag in ("unfuse_weights", "min_pad_length"):

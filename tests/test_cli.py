@@ -401,7 +401,7 @@ def test_the_script_answers(script, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--distributed"], "are not possible yet"),
+        (["--distributed"], "needs several processes: start with torchrun"),
         (["--compile_mode", "reduce-overhead"], "needs --compile"),
         (["--architecture", "llama"], "random ones have no tokenizer"),
         (["--modl_path", "x"], "there is no flag --modl_path (did you mean '--model_path'?)"),

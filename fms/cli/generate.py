@@ -171,7 +171,7 @@ def read_batch(file: str) -> list[str]:
 
 
 def encode(tokenizer: "BaseTokenizer", prompt: str, chat: bool, system: str | None) -> list[int]:
-    from fms.utils.generation import encode_prompt
+    from fms.utils.prompts import encode_prompt
 
     if not chat:
         return encode_prompt(tokenizer, prompt)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fms.modules.cache import StaticCache
+from fms.utils.prompts import check_ids, encode_prompt, rows_of
 from fms.utils.sampling import Sampling, Share, choose, penalise
 from fms.utils.serialization.errors import nearest
 from fms.utils.tokenizers import BaseTokenizer
@@ -77,7 +78,7 @@ def generate(
     """
     if timing not in ("", "per-token", "e2e"):
         raise ValueError(f"timing={timing!r} must be 'per-token', 'e2e' or empty")
-    prompts, back = _prompts(input_ids, tokenizer)
+    prompts, back = rows_of(input_ids, tokenizer)
     run = Run(
         model,
         prompts,
@@ -142,11 +143,6 @@ def stream_run(run: "Run", tokenizer: BaseTokenizer) -> Iterator[str]:
         yield shown
 
 
-def encode_prompt(tokenizer: BaseTokenizer, text: str) -> list[int]:
-    """The ids of a plain prompt, with the special tokens that begin one."""
-    return tokenizer.encode(text, add_special_tokens=True)
-
-
 class Run:
     """One generation: iterate to get, at each step, the new token of each row, or `None` for a row that has ended.
 
@@ -183,7 +179,7 @@ class Run:
         self.timing = Timing()
         self.share = _share(model.head) if after is None else None  # a hook sees whole logits
         self.device = model.embedding.weight.device
-        _check_ids(prompts, model.config.src_vocab_size)
+        check_ids(prompts, model.config.src_vocab_size)
         self.prompts = [p.to(self.device) for p in prompts]
         self.lengths = [len(p) for p in prompts]
 
@@ -332,60 +328,10 @@ class Run:
         return self._logits(h[torch.arange(len(h), device=h.device), self._last(i)]), kwargs
 
 
-def _prompts(given: Any, tokenizer: BaseTokenizer | None) -> tuple[list[Tensor], Callable[..., Any]]:
-    """Rows of ids, and what turns rows of prompt and new tokens into the form in which the prompt was given."""
-    if isinstance(given, Tensor):
-        if given.dim() not in (1, 2):
-            raise ValueError(f"input_ids of shape {list(given.shape)} must have one or two dimensions")
-        rows = list(given[None] if given.dim() == 1 else given)
-
-        def as_tensor(run: Run, new: list[list[int]], pad: int) -> Tensor:
-            width = max(map(len, new))
-            tail = torch.tensor([row + [pad] * (width - len(row)) for row in new], device=given.device)
-            whole = torch.cat((torch.stack(rows), tail), 1)
-            return whole[0] if given.dim() == 1 else whole
-
-        return rows, as_tensor
-    if isinstance(given, str) or (len(given) and isinstance(given[0], str)):
-        if tokenizer is None:
-            raise ValueError("texts need a tokenizer: generate(model, texts, tokenizer=...)")
-        texts = [given] if isinstance(given, str) else given
-
-        def as_text(run: Run, new: list[list[int]], pad: int) -> Any:
-            decoded = [run.text(row) for row in new]
-            return decoded[0] if isinstance(given, str) else decoded
-
-        return [torch.tensor(encode_prompt(tokenizer, text)) for text in texts], as_text
-
-    rows = [torch.as_tensor(row) for row in given]
-
-    def as_rows(run: Run, new: list[list[int]], pad: int) -> list[Tensor]:
-        return [torch.cat((p, torch.tensor(n, dtype=p.dtype, device=p.device))) for p, n in zip(rows, new, strict=True)]
-
-    return rows, as_rows
-
-
 def _share(head: Any) -> Share | None:
     """Of the vocabulary, where several ranks hold it."""
     comm = getattr(head, "comm", None)
     return None if comm is None else Share(comm, head.shards["weight"][0].start, head.share)
-
-
-def _check_ids(prompts: Sequence[Tensor], vocabulary: int) -> None:
-    if not prompts:
-        raise ValueError("there is no prompt")
-    for i, prompt in enumerate(prompts):
-        if not prompt.numel():
-            raise ValueError(f"prompt {i} is empty: it needs at least one token")
-        if prompt.dim() != 1 or prompt.is_floating_point():
-            raise ValueError(
-                f"prompt {i} must be token ids in one dimension, it is {prompt.dtype} {list(prompt.shape)}"
-            )
-        low, high = int(prompt.min()), int(prompt.max())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"prompt {i} has token id {low if low < 0 else high}; the vocabulary is 0 to {vocabulary - 1}"
-            )
 
 
 def _sampling(given: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
