@@ -87,7 +87,12 @@ def save_model(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a model, frozen or not, as the directory `out` in the format `to`; `get_model(model_path=out)` reads it."""
+    """Write a model, frozen or not, as the directory `out` in the format `to`; `get_model(model_path=out)` reads it.
+
+    Raises `ValueError` for a model that is split over ranks: no rank has all of it.
+    """
+    if any(hasattr(p, "_spec") for p in model.parameters()):
+        raise ValueError("a model that is split over ranks can't be saved: load it in one process to convert it")
     state = [Entry(n, tuple(p.shape), p.dtype, partial(Tensor.detach, p)) for n, p in model.named_parameters()]
     return _write(model, state, out, to, getattr(model, "generation_defaults", {}), tokenizer, overwrite, progress)
 

@@ -205,6 +205,17 @@ def test_what_can_not_be_split(ranks: Ranks, options: dict[str, Any], words: str
     assert all(words in said for said in ranks.run(2, fails, options))
 
 
+def saved(mesh: Any, path: str) -> str:
+    with pytest.raises(ValueError, match="split over ranks can't be saved") as error:
+        save_model(random_model("llama", mesh), path)
+    return str(error.value)
+
+
+def test_saving_is_refused_and_writes_nothing(ranks: Ranks, tmp_path: Any) -> None:
+    assert all(ranks.run(2, saved, str(tmp_path / "out")))
+    assert not list(tmp_path.iterdir())
+
+
 def compiled(mesh: Any, case: str) -> tuple[Tensor, Tensor]:
     model = random_model(case, mesh)
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
