@@ -35,7 +35,7 @@ def test_export_is_bit_for_bit_and_transformers_reads_it(case: str, tmp_path: Pa
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     ids, mask, types = inputs(ours)
     args = {"attention_mask": mask, "token_type_ids": types}
-    assert torch.equal(flat(loaded.eval()(ids, **args)), flat(theirs(ids, **args)))
+    torch.testing.assert_close(flat(loaded.eval()(ids, **args)), flat(theirs(ids, **args)), rtol=0, atol=1e-6)
     for name in ("hidden_dropout_prob", "classifier_dropout", "id2label", "pad_token_id", "type_vocab_size"):
         assert getattr(loaded.config, name) == getattr(theirs.config, name)
     again = get_model(model_path=tmp_path / "back")
