@@ -8,13 +8,15 @@ def plan(args: argparse.Namespace) -> int:
 
     from fms.models.registry import build
     from fms.utils.devices import dtype_of
-    from fms.utils.tp_plan import collectives, plan_for, table
+    from fms.utils.tp_plan import collectives, pad_model, plan_for, table
 
     if args.tp < 1:
         raise ValueError(f"--tp {args.tp} must be at least 1")
     dtype = dtype_of(args.dtype) or torch.bfloat16
     with torch.device("meta"):
         model = build(args.architecture, args.variant, {})
+    for line in pad_model(model, args.tp):
+        print(f"padded with zeros, for inference only: {line}")
     words = plan_for(model, args.tp)
     rows = table(model, words, args.tp, dtype.itemsize)
     width = max(len(row.name) for row in rows)

@@ -9,23 +9,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 _ops = torch.ops._c10d_functional
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+FEW = 128  # tokens a row below which, without gradients, sharing them out costs more than it saves
 
 
 class Communicator:
-    """A group of ranks that hold one model. `counts` has how often each collective ran, and the bytes that went in."""
+    """A group of ranks that hold one model. `counts` has how often each collective ran, and the bytes that went in.
 
-    def __init__(self, group: dist.ProcessGroup):
+    With `sequence_parallel` the ranks share out the tokens between sub-layers (Korthikanti et al. 2022, arXiv
+    2205.05198): `enter` gathers them, `leave` sums and scatters them again. A row of s tokens makes shares of
+    ceil(s / ranks), the last ones with padding, which is dropped where they are gathered.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool = False):
         self.group, self.name = group, group.group_name
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.sequence_parallel = sequence_parallel
+        self.tokens: int | None = None
         self.counts: Counter[str] = Counter()
 
     def local(self, parameter: Any, partial: bool = False) -> Any:
-        if not isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor) or len(parameter._spec.placements) > 1:  # FSDP's, at rest
             return parameter
         if torch.compiler.is_compiling():
             return parameter.to_local(grad_placements=[Partial()] if partial else None)
@@ -33,14 +43,35 @@ class Communicator:
             return _Local.apply(parameter, self if partial else None)
         return parameter._local_tensor
 
+    def begin(self, tokens: int) -> None:
+        shared = self.sequence_parallel and (tokens >= FEW or (torch.is_grad_enabled() and tokens > 1))
+        self.tokens = tokens if shared else None
+
     def enter(self, x: Tensor) -> Tensor:
-        return _Enter.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else x
+        return self.same(x) if self.tokens is None else self._collect(x, True)
 
     def leave(self, x: Tensor) -> Tensor:
-        return _Leave.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.sum(x)
+        if self.tokens is None:
+            return _Leave.apply(x, self) if _differentiable(x) else self.sum(x)
+        return _Scatter.apply(x, self, True) if _differentiable(x) else self.share(x, True)
+
+    def same(self, x: Tensor) -> Tensor:
+        return _Same.apply(x, self) if _differentiable(x) else x
+
+    def scatter(self, x: Tensor) -> Tensor:
+        if self.tokens is None:
+            return x
+        return _Scatter.apply(x, self, False) if _differentiable(x) else self.share(x, False)
+
+    def collect(self, x: Tensor) -> Tensor:
+        return x if self.tokens is None else self._collect(x, False)
+
+    def _collect(self, x: Tensor, parts: bool) -> Tensor:
+        assert self.tokens is not None
+        return _Collect.apply(x, self, self.tokens, parts) if _differentiable(x) else self.whole(x, self.tokens)
 
     def join(self, x: Tensor) -> Tensor:
-        return _Join.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.gather(x)
+        return _Join.apply(x, self) if _differentiable(x) else self.gather(x)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, which it may overwrite."""
@@ -53,18 +84,44 @@ class Communicator:
 
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' x, of one shape, one after the other along the last dimension."""
-        flat = x.movedim(-1, 0).contiguous()
+        return self._gathered(x.movedim(-1, 0)).movedim(0, -1)
+
+    def whole(self, x: Tensor, tokens: int) -> Tensor:
+        """The `tokens` of each row, of which x (b, share, ...) has this rank's."""
+        return self._gathered(x.movedim(1, 0))[:tokens].movedim(0, 1)
+
+    def share(self, x: Tensor, parts: bool) -> Tensor:
+        """This rank's tokens of x (b, s, ...), which is the same on all ranks, or the sum of their `parts`."""
+        n = -(-x.shape[1] // self.size)
+        rows = x.movedim(1, 0)
+        rows = F.pad(rows, (0, 0) * (x.dim() - 1) + (0, n * self.size - len(rows)))
+        if not parts:
+            return rows.narrow(0, self.rank * n, n).movedim(0, 1)
+        rows = rows.contiguous()
         if torch.compiler.is_compiling():
-            whole = _ops.wait_tensor(_ops.all_gather_into_tensor(flat, self.size, self.name))
-        else:
-            self._count("all_gather", x)
-            whole = flat.new_empty(self.size * flat.shape[0], *flat.shape[1:])
-            _all_gather(whole, flat, group=self.group)
-        return whole.movedim(0, -1)
+            return _ops.wait_tensor(_ops.reduce_scatter_tensor(rows, "sum", self.size, self.name)).movedim(0, 1)
+        self._count("reduce_scatter", rows)
+        share = rows.new_empty(n, *rows.shape[1:])
+        _reduce_scatter(share, rows, group=self.group)
+        return share.movedim(0, 1)
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """All ranks' rows."""
+        rows = rows.contiguous()
+        if torch.compiler.is_compiling():
+            return _ops.wait_tensor(_ops.all_gather_into_tensor(rows, self.size, self.name))
+        self._count("all_gather", rows)
+        whole = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        _all_gather(whole, rows, group=self.group)
+        return whole
 
     def _count(self, what: str, x: Tensor) -> None:
         self.counts[what] += 1
         self.counts[f"{what} bytes"] += x.nbytes
+
+
+def _differentiable(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 class _Local(torch.autograd.Function):
@@ -80,7 +137,7 @@ class _Local(torch.autograd.Function):
         return DTensor(gradient, ctx.spec, requires_grad=False), None
 
 
-class _Enter(torch.autograd.Function):
+class _Same(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator) -> Tensor:
         ctx.comm = comm
@@ -99,6 +156,30 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+class _Collect(torch.autograd.Function):
+    """`parts`: what follows differs from rank to rank, so that gradients are parts of a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator, tokens: int, parts: bool) -> Tensor:
+        ctx.comm, ctx.parts = comm, parts
+        return comm.whole(x, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.comm.share(gradient, ctx.parts), None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator, parts: bool) -> Tensor:
+        ctx.comm, ctx.tokens = comm, x.shape[1]
+        return comm.share(x, parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.comm.whole(gradient, ctx.tokens), None, None
 
 
 class _Join(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Where each parameter of a model lives."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,45 +12,57 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fms.distributed.communicator import Communicator
 from fms.modules.tp import WORDS, Repeated, form
-from fms.utils.tp_plan import plan_for
+from fms.utils.tp_plan import pad_model, plan_for
+
+log = logging.getLogger(__name__)
 
 
 class TensorParallel:
     """Each rank of a mesh of one dimension holds a share of every large weight, as the model's plan says.
 
-    `plan` changes words of the model's own plan.
+    `plan` changes words of the model's own plan. With `sequence_parallel` the ranks also share out the tokens between
+    sub-layers, while training and in prefills of some hundred tokens. Heads or channels that do not divide are padded
+    with zeros, for inference; with `pad=False`, as training needs it, they are a `ValueError`.
     """
 
-    def __init__(self, mesh: DeviceMesh, plan: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        plan: Mapping[str, str] | None = None,
+        sequence_parallel: bool = False,
+        pad: bool = True,
+    ):
         if mesh.ndim != 1:
             raise ValueError(f"tensor parallelism wants a mesh of one dimension, this has {mesh.ndim}: {mesh}")
-        self.mesh, self.overrides = mesh, plan
-        self.comm = Communicator(mesh.get_group())
+        self.mesh, self.overrides, self.pad = mesh, plan, pad
+        self.comm = Communicator(mesh.get_group(), sequence_parallel)
 
     def place(self, model: Any) -> None:
         """Make each parameter a DTensor, and each module the form of its word.
 
         Parameters are on the meta device, or whole on every rank. Raises `ValueError` if the model can't be split so.
         """
+        if self.pad and (padded := pad_model(model, self.comm.size)):
+            if self.comm.rank == 0:
+                log.warning("split over %d ranks, for inference only: %s", self.comm.size, "; ".join(padded))
+            model.requires_grad_(False)
         placed: dict[int, nn.Parameter] = {}
         for name, word in plan_for(model, self.comm.size, self.overrides).items():
             module: Any = model.get_submodule(name)
-            if word in ("enter", "within"):
-                if word == "enter":
-                    module.register_forward_pre_hook(self._enter)
+            if WORDS[word][0] is None:
                 continue
             self._share(module, word, placed)
             module.__class__ = form(word, module.__class__)
             module.comm = self.comm
             if isinstance(module, Repeated):
                 module.rows = self._rows_of(model.get_submodule(name.rpartition(".")[0]), module)
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return self.comm.enter(args[0]), *args[1:]
+        model.comm = self.comm
 
     def _share(self, module: Any, word: str, placed: dict[int, nn.Parameter]) -> None:
-        module.shards = {}
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
+        parameters = list(module.named_parameters(recurse=False))
+        if parameters:
+            module.shards = {}
+        for leaf, parameter in parameters:
             dim = WORDS[word][1].get(leaf)
             index = self._slices(parameter, dim)
             if dim is not None:
@@ -80,9 +93,9 @@ class TensorParallel:
 
 
 def mesh_of(group: DeviceMesh | dist.ProcessGroup | None, device: torch.device) -> DeviceMesh:
-    """The ranks of a group, or all there are, as a mesh; a mesh stays as it is."""
+    """The ranks of a group, or all there are, as a mesh; of a mesh with several axes the one called tp."""
     if isinstance(group, DeviceMesh):
-        return group
+        return group["tp"] if group.ndim > 1 and "tp" in (group.mesh_dim_names or ()) else group
     if not dist.is_initialized():
         raise ValueError("distributed_strategy='tp' needs several processes: start the program with torchrun")
     if group is not None:

@@ -43,6 +43,7 @@ def get_model(
     group: Any = None,
     *,
     tp_plan: Mapping[str, str] | None = None,
+    sequence_parallel: bool = False,
     strict: bool = True,
     check_finite: bool = False,
     **overrides: Any,
@@ -56,12 +57,13 @@ def get_model(
     fields of the configuration.
 
     `distributed_strategy` is "none", "tp" (tensor parallel over the ranks of `group`, a process group or a mesh of
-    one dimension, or over all; `tp_plan` changes words of the model's plan), or an object whose `place(model)` is
+    one dimension or with an axis called tp, or over all; `tp_plan` changes words of the model's plan,
+    `sequence_parallel` makes them share out the tokens between sub-layers too), or an object whose `place(model)` is
     called with the model on the meta device. Started by torchrun it is "tp" by itself.
 
     Raises `ValueError` or `KeyError` for what is not known, naming the nearest choice.
     """
-    strategy, device = _strategy(distributed_strategy, group, tp_plan, device_type)
+    strategy, device = _strategy(distributed_strategy, group, tp_plan, sequence_parallel, device_type)
     dtype = dtype_of(data_type)
     if model_path is None:
         if architecture is None:
@@ -98,7 +100,9 @@ def get_model(
     return model
 
 
-def _strategy(asked: Any, group: Any, plan: Mapping[str, str] | None, device_type: str) -> tuple[Any, torch.device]:
+def _strategy(
+    asked: Any, group: Any, plan: Mapping[str, str] | None, sequence_parallel: bool, device_type: str
+) -> tuple[Any, torch.device]:
     """An object that places models, or none, and this process's device."""
     if not isinstance(asked, str | None):
         return asked, device_of(device_type)
@@ -109,14 +113,14 @@ def _strategy(asked: Any, group: Any, plan: Mapping[str, str] | None, device_typ
         )
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if asked == "none" or not (asked or started or group is not None):
-        if plan or group is not None:
-            raise ValueError("tp_plan and group are for distributed_strategy='tp'")
+        if plan or sequence_parallel or group is not None:
+            raise ValueError("tp_plan, sequence_parallel and group are for distributed_strategy='tp'")
         return None, device_of(device_type)
     from fms.distributed.launch import launch
     from fms.distributed.strategy import TensorParallel, mesh_of
 
     device = launch(device_type)
-    return TensorParallel(mesh_of(group, device), plan), device
+    return TensorParallel(mesh_of(group, device), plan, sequence_parallel), device
 
 
 def _fitting(checkpoint: Checkpoint) -> str:

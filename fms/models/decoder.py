@@ -10,7 +10,7 @@ from fms.modules.head import Head
 from fms.modules.initial import reset_parameters
 from fms.modules.positions import Rope
 from fms.modules.rolling import RollingCache
-from fms.modules.tp import Plan
+from fms.modules.tp import Communicator, Plan, embedded
 from fms.utils.config import CausalConfig
 
 
@@ -21,6 +21,7 @@ class Decoder(nn.Module):
     """
 
     causal = True
+    comm: Communicator | None = None  # of the ranks that share this model
 
     def __init__(
         self,
@@ -53,8 +54,8 @@ class Decoder(nn.Module):
             self.head.register_parameter("weight", self.embedding._parameters["weight"])
 
     def tp_plan(self, tp: int) -> Plan:
-        plan = {"embedding": "embed", "dec_norm": "whole", "head": "head"}
-        return plan if self.position_embedding is None else plan | {"position_embedding": "whole"}
+        plan = {"embedding": "embed", "dec_norm": "last_norm", "head": "head"}
+        return plan if self.position_embedding is None else plan | {"position_embedding": "scatter"}
 
     def make_cache(self, batch: int, max_len: int, slack: int = 0) -> StaticCache | RollingCache:
         """An empty cache for `batch` rows of at most `max_len` tokens; of a model with a window it holds the window.
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
             positions = position_ids
         mask = implied if mask is None else mask[:, None] if mask.dim() == 3 else mask
 
-        x = input_ids if input_ids.is_floating_point() else self.embedding(input_ids)
+        x = embedded(self, input_ids)
         if self.embedding_multiplier != 1:
             x = x * self.embedding_multiplier
         if self.position_embedding is not None:

@@ -12,7 +12,7 @@ from fms.modules.embedding import Embedding
 from fms.modules.encoder_heads import ClassificationHead, MaskedLMHead, Pooler, SpanHead
 from fms.modules.feedforward import FeedForward
 from fms.modules.initial import reset_parameters
-from fms.modules.tp import Plan
+from fms.modules.tp import Communicator, Plan, embedded
 from fms.utils.config import ModelConfig, check_values
 
 
@@ -94,6 +94,7 @@ class Encoder(nn.Module):
     """
 
     causal = False
+    comm: Communicator | None = None  # of the ranks that share this model
 
     def __init__(self, config: EncoderConfig, head: nn.Module | None = None, pooler: Pooler | None = None):
         super().__init__()
@@ -120,8 +121,8 @@ class Encoder(nn.Module):
             self.head.out.register_parameter("weight", self.embedding._parameters["weight"])
 
     def tp_plan(self, tp: int) -> Plan:
-        whole = ("position_embedding", "token_type_embedding", "enc_norm")
-        return {"embedding": "embed"} | dict.fromkeys(whole, "whole")
+        plan = {"embedding": "embed", "position_embedding": "scatter", "token_type_embedding": "scatter"}
+        return plan | {"enc_norm": "norm", f"layers.{len(self.layers) - 1}.ff_ln": "last_norm"}
 
     def hidden(
         self,
@@ -145,7 +146,7 @@ class Encoder(nn.Module):
         if mask is not None and mask.dim() < 4:
             mask = mask[:, None, None].bool() if mask.dim() == 2 else mask[:, None]
 
-        x = input_ids if input_ids.is_floating_point() else self.embedding(input_ids)
+        x = embedded(self, input_ids)
         x = x + self.token_type_embedding(types) + self.position_embedding(positions)
         x = self.dropout(self.enc_norm(x))
         for block in self.layers:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from fms.kernels.attend import Angles, LayerCache, Norms, attend
-from fms.modules.tp import Plan, divided
+from fms.modules.tp import Plan, divided, pad_inputs, pad_outputs, rounded
 
 
 class Attention(nn.Module):
@@ -48,6 +48,18 @@ class Attention(nn.Module):
         kv = "replicate" if kvheads % tp else "colwise"
         plan = {"": "enter", "query": "colwise", "key": kv, "value": kv, "dense": "rowwise"}
         return plan | ({"q_norm": "partial", "k_norm": "partial"} if self.norms else {})
+
+    def pad(self, tp: int) -> str | None:
+        """Add heads of zeros, which change nothing, until `tp` ranks can share them. Says what became of it."""
+        heads, kvheads = self.query.out_features // self.head_dim, self.kvheads
+        if heads % tp == 0 and (kvheads % tp == 0 or tp % kvheads == 0):
+            return None
+        self.kvheads = 1 if kvheads == 1 else rounded(kvheads, tp)
+        padded = rounded(heads, tp) if kvheads == 1 else heads // kvheads * self.kvheads
+        pad_outputs(self.query, size=padded * self.head_dim)
+        pad_outputs(self.key, self.value, size=self.kvheads * self.head_dim)
+        pad_inputs(self.dense, padded * self.head_dim)
+        return f"{heads} query and {kvheads} key and value heads become {padded} and {self.kvheads}"
 
     def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, layer: LayerCache | None) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))  # b s h d

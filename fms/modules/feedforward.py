@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.modules.tp import Plan, divided
+from fms.modules.tp import Plan, divided, pad_inputs, pad_outputs, rounded
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -30,6 +30,10 @@ class GatedLinearUnit(nn.Module):
         divided("hidden channels", self.w1.out_features, tp)
         return {"": "enter", "wg": "colwise", "w1": "colwise", "w2": "rowwise"}
 
+    def pad(self, tp: int) -> str | None:
+        """Add channels of zeros, which change nothing, until `tp` ranks can share them. Says what became of them."""
+        return _pad(tp, self.w2, self.wg, self.w1)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.wg(x)) * self.w1(x))
 
@@ -47,5 +51,18 @@ class FeedForward(nn.Module):
         divided("hidden channels", self.w1.out_features, tp)
         return {"": "enter", "w1": "colwise", "w2": "rowwise"}
 
+    def pad(self, tp: int) -> str | None:
+        """As that of the gated one."""
+        return _pad(tp, self.w2, self.w1)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.w1(x)))
+
+
+def _pad(tp: int, down: nn.Linear, *up: nn.Linear) -> str | None:
+    hidden = down.in_features
+    if hidden % tp == 0:
+        return None
+    pad_outputs(*up, size=rounded(hidden, tp))
+    pad_inputs(down, rounded(hidden, tp))
+    return f"{hidden} hidden channels become {down.in_features}"

@@ -72,6 +72,15 @@ class Frozen(nn.Module):
         self.activation = ff.activation
         self.down = Fused(ff.w2.weight, ff.w2.bias)
 
+    def begin(self, x: Tensor, norm: nn.Module) -> tuple[Tensor, nn.Module | None]:
+        """What the first projection of a sub-layer takes: its input, of all tokens, and the norm yet to be applied."""
+        if self.comm is None or self.comm.tokens is None:
+            return x, norm
+        return self.entered(normalise(x, norm)), None
+
+    def entered(self, x: Tensor) -> Tensor:
+        return x if self.comm is None else self.comm.enter(x)
+
     def end(self, x: Tensor, linear: Fused, residual: Tensor, scale: float = 1.0) -> Tensor:
         """{linear + residual}, with the sum over ranks between where there are several."""
         if self.comm is None:
@@ -101,12 +110,12 @@ class FrozenBlock(Frozen):
     def forward(
         self, x: Tensor, angles: Angles | None, mask: Tensor | None = None, layer: LayerCache | None = None
     ) -> Tensor:
-        qkv = norm_linear(x, self.ln, self.qkv)
+        qkv = norm_linear(*self.begin(x, self.ln), self.qkv)
         heads = attend_packed(qkv, *self.heads, angles, mask, layer, self.score_scale, norms=self.norms)
         x = self.end(heads, self.dense, x, self.scale)
         if isinstance(self.ff, MixtureOfExperts | SharedExpert):
             return torch.add(x, self.ff(normalise(x, self.ff_ln)), alpha=self.scale)
-        h = norm_glu(x, self.ff_ln, self.up, self.activation, self.gated)
+        h = norm_glu(*self.begin(x, self.ff_ln), self.up, self.activation, self.gated)
         return self.end(h, self.down, x, self.scale)
 
 
@@ -115,10 +124,10 @@ class FrozenEncoderBlock(Frozen):
     {down + residual}, norm."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        qkv = norm_linear(x, None, self.qkv)
+        qkv = norm_linear(self.entered(x), None, self.qkv)
         heads = attend_packed(qkv, *self.heads, None, mask, None, self.score_scale, causal=False, norms=self.norms)
         x = self.ln(self.end(heads, self.dense, x))
-        h = norm_glu(x, None, self.up, self.activation, self.gated)
+        h = norm_glu(self.entered(x), None, self.up, self.activation, self.gated)
         return self.ff_ln(self.end(h, self.down, x))
 
 

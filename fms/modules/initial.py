@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fms.modules.tp import shard_of, unpadded
+
 
 @torch.no_grad()
 def reset_parameters(model: nn.Module) -> None:
@@ -13,10 +15,11 @@ def reset_parameters(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             shard = getattr(parameter, "_local_tensor", parameter)
-            whole = shard if shard.shape == parameter.shape else shard.new_empty(parameter.shape)
+            shape = unpadded(module, name)
+            whole = shard if shard.shape == shape else shard.new_empty(shape)
             _draw(module, name, whole)
             if whole is not shard:
-                shard.copy_(whole[module.shards[name]])
+                shard.copy_(shard_of(module, name, whole.__getitem__))
 
 
 def _draw(module: nn.Module, name: str, parameter: Tensor) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fms.kernels.grouped_linear import grouped_linear
 from fms.modules.feedforward import ACTIVATIONS, GatedLinearUnit
-from fms.modules.tp import Plan, divided, resharded
+from fms.modules.tp import Plan, divided, pad, resharded, rounded
 
 
 class Experts(nn.Module):
@@ -22,6 +22,15 @@ class Experts(nn.Module):
     def tp_plan(self, tp: int) -> Plan:
         divided("hidden channels of experts", self.w2.shape[2], tp)
         return {"": "experts"}
+
+    def pad(self, tp: int) -> str | None:
+        """Add channels of zeros, which change nothing, until `tp` ranks can share them. Says what became of them."""
+        hidden = self.w2.shape[2]
+        if hidden % tp == 0:
+            return None
+        for name, dim in (("wg", 1), ("w1", 1), ("w2", 2)):
+            pad(self, name, dim, rounded(hidden, tp))
+        return f"{hidden} hidden channels of experts become {self.w2.shape[2]}"
 
     def fuse(self) -> None:
         """For inference: one weight for wg and w1, which become views of it."""
@@ -58,7 +67,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(emb_dim, hidden_dim, num_experts, activation)
 
     def tp_plan(self, tp: int) -> Plan:
-        return {"": "enter", "gate": "partial"}
+        return {"": "summed", "gate": "partial"}
 
     def fuse(self) -> None:
         self.experts.fuse()
@@ -78,7 +87,7 @@ class SharedExpert(GatedLinearUnit):
         self.routed = routed
 
     def tp_plan(self, tp: int) -> Plan:
-        return super().tp_plan(tp) | {"routed": "within"}
+        return super().tp_plan(tp) | {"": "summed", "w2": "addend", "routed": "within"}
 
     def fuse(self) -> None:
         self.routed.fuse()

@@ -6,9 +6,11 @@ looks at a model from outside sees whole tensors, and gives each named module th
 `weight` and `bias` are this rank's shards, plain tensors, and which calls a communicator. Neither knows of processes.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,15 +22,28 @@ class Communicator(Protocol):
 
     rank: int
     size: int
+    tokens: int | None  # of a row, where ranks share them out between sub-layers: each holds some of every row
+
+    def begin(self, tokens: int) -> None:
+        """A forward of so many tokens a row begins."""
 
     def local(self, parameter: Any, partial: bool = False) -> Any:
         """The shard of a parameter; `partial` if its gradient here is only a part of the sum over ranks."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """The same; its gradient is summed over ranks."""
+        """x (b, s, ...) of all tokens; its gradient is summed over ranks."""
 
     def leave(self, x: Tensor) -> Tensor:
-        """The sum over ranks; its gradient is the same for each."""
+        """The sum over ranks of x (b, s, ...), of this rank's tokens; its gradient is the same for each."""
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Of x (b, s, ...), which all ranks have, this rank's tokens."""
+
+    def same(self, x: Tensor) -> Tensor:
+        """x, which all ranks have; its gradient is summed over ranks."""
+
+    def collect(self, x: Tensor) -> Tensor:
+        """All tokens of which each rank has some: `scatter` undone."""
 
     def join(self, x: Tensor) -> Tensor:
         """All ranks' x one after the other along the last dimension."""
@@ -44,12 +59,32 @@ def resharded(parameter: Any, shard: Tensor) -> Tensor:
     return type(parameter)(shard, parameter._spec, requires_grad=False)
 
 
+class Entered(nn.Module):
+    """A sub-layer: its input is entered, once for all that read it."""
+
+    comm: Communicator
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return super().forward(self.comm.enter(x), *args)
+
+
+class Summed(Entered):
+    """A sub-layer whose parts give parts of the sum."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return self.comm.leave(super().forward(x, *args))
+
+
 class Sharded(nn.Module):
     """A module whose weight and bias are shards; `shards` has the slices that this rank holds of what is split."""
 
     comm: Communicator
     shards: dict[str, tuple[slice, ...]]
-    partial = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether gradients here are parts of a sum over ranks."""
+        return False
 
     def shard(self, name: str) -> Any:
         parameter = self._parameters[name]
@@ -70,11 +105,45 @@ class Partial(Sharded):
     partial = True
 
 
-class Rowwise(Sharded):
-    """Columns of a linear layer: shard in, the sum over ranks out; the bias is added once, after it."""
+class Norm(Sharded):
+    """Between sub-layers: on this rank's tokens, where ranks share them out."""
+
+    @property
+    def partial(self) -> bool:
+        return self.comm.tokens is not None
+
+
+class LastNorm(Norm):
+    """The end of the last sub-layer: what follows has all tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.comm.leave(F.linear(x, self.weight))
+        return self.comm.collect(super().forward(x))
+
+
+class Scattered(Sharded):
+    """What is added to this rank's tokens, computed for all."""
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.comm.scatter(super().forward(*args))
+
+
+class Addend(Sharded):
+    """Columns of a linear layer: shard in, a part of the sum out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Rowwise(Addend):
+    """Columns of a linear layer: shard in, the sum over ranks out; the bias is added once, after it."""
+
+    @property
+    def bias(self) -> Any:
+        bias = self._parameters["bias"]
+        return None if bias is None else self.comm.local(bias, self.comm.tokens is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.comm.leave(super().forward(x))
         return y if self.bias is None else y + self.bias
 
 
@@ -85,7 +154,7 @@ class Repeated(Partial):
 
     def shard(self, name: str) -> Any:
         whole = super().shard(name)
-        return None if whole is None else whole[self.rows]
+        return whole if whole is self._parameters[name] else whole[self.rows]  # itself: none, or at rest
 
 
 class VocabEmbedding(Sharded):
@@ -113,7 +182,7 @@ class VocabHead(Sharded):
     out_features: int
 
     def local(self, h: Tensor) -> Tensor:
-        return super().local(self.comm.enter(h))  # type: ignore[misc]
+        return super().local(self.comm.same(h))  # type: ignore[misc]
 
     @property
     def share(self) -> int:
@@ -140,21 +209,23 @@ class ShardedExperts(Sharded):
     def w2(self) -> Any:
         return self.shard("w2")
 
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.comm.leave(super().forward(*args))
-
 
 # A word: what is mixed into the module's class, and the dimension along which each parameter is split, if it is.
-WORDS: dict[str, tuple[type[Sharded] | None, dict[str, int]]] = {
-    "enter": (None, {}),  # its input is entered, once for all that read it
+WORDS: dict[str, tuple[type[nn.Module] | None, dict[str, int]]] = {
+    "enter": (Entered, {}),
+    "summed": (Summed, {}),
     "within": (None, {}),  # it is part of one whose input is entered
     "colwise": (Sharded, {"weight": 0, "bias": 0}),
     "rowwise": (Rowwise, {"weight": 1}),
+    "addend": (Addend, {"weight": 1}),
     "embed": (VocabEmbedding, {"weight": 0}),
     "head": (VocabHead, {"weight": 0, "bias": 0}),
     "experts": (ShardedExperts, {"wg": 1, "w1": 1, "w2": 2}),
     "replicate": (Repeated, {}),
     "partial": (Partial, {}),
+    "norm": (Norm, {}),
+    "last_norm": (LastNorm, {}),
+    "scatter": (Scattered, {}),
     "whole": (Sharded, {}),
 }
 
@@ -164,6 +235,61 @@ def form(word: str, kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a module of class `kind` becomes under a word."""
     mixin = WORDS[word][0]
     return kind if mixin is None else type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
+
+
+def embedded(model: Any, input_ids: Tensor) -> Tensor:
+    """The embeddings of ids (b, s), or those given, (b, s, emb_dim): of this rank's tokens where ranks share them out.
+
+    A model's first step: `model.comm` is told how many tokens there are.
+    """
+    if model.comm is not None:
+        model.comm.begin(input_ids.shape[1])
+    if not input_ids.is_floating_point():
+        return model.embedding(input_ids)
+    return input_ids if model.comm is None else model.comm.scatter(input_ids)
+
+
+def pad(module: Any, name: str, dim: int, size: int) -> None:
+    """Append zeros to a parameter, if it is there; `module.unpadded` keeps its shape."""
+    parameter = module._parameters[name]
+    if parameter is not None and size > parameter.shape[dim]:
+        module.__dict__.setdefault("unpadded", {})[name] = tuple(parameter.shape)
+        zeros = parameter.new_zeros(*parameter.shape[:dim], size - parameter.shape[dim], *parameter.shape[dim + 1 :])
+        module.register_parameter(name, nn.Parameter(torch.cat((parameter.detach(), zeros), dim), False))
+
+
+def pad_outputs(*linears: nn.Linear, size: int) -> None:
+    for linear in linears:
+        pad(linear, "weight", 0, size)
+        pad(linear, "bias", 0, size)
+        linear.out_features = size
+
+
+def pad_inputs(linear: nn.Linear, size: int) -> None:
+    pad(linear, "weight", 1, size)
+    linear.in_features = size
+
+
+def unpadded(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of a parameter without the zeros that `pad` appended."""
+    return getattr(module, "unpadded", {}).get(name) or tuple(module._parameters[name].shape)  # type: ignore[union-attr]
+
+
+def shard_of(module: nn.Module, name: str, read: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
+    """This rank's share of a parameter of which `read` gives slices, all of it for (); zeros where it was padded."""
+    index = getattr(module, "shards", {}).get(name, ())
+    if name not in getattr(module, "unpadded", {}):
+        return read(index)
+    inside = tuple(slice(min(s.start, n), min(s.stop, n)) for s, n in zip(index, unpadded(module, name), strict=False))
+    piece = read(inside)
+    missing = [(s.stop - s.start) - (i.stop - i.start) for s, i in zip(index, inside, strict=True)]
+    missing += [0] * (piece.dim() - len(missing))
+    return F.pad(piece, [n for m in reversed(missing) for n in (0, m)])
+
+
+def rounded(count: int, tp: int) -> int:
+    """`count` or the next multiple of `tp`."""
+    return -(-count // tp) * tp
 
 
 def divided(what: str, count: int, tp: int) -> int:

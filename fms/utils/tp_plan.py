@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -37,6 +37,12 @@ def plan_for(model: nn.Module, tp: int, overrides: Mapping[str, str] | None = No
     return plan
 
 
+def pad_model(model: nn.Module, tp: int) -> list[str]:
+    """Append zeros to heads and hidden channels that `tp` ranks could not share. Says what became of them."""
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "pad")]
+    return list(dict.fromkeys(filter(None, [module.pad(tp) for module in modules])))
+
+
 class Row(NamedTuple):
     """One parameter, or the same of every layer (`layers.*`), under a plan."""
 
@@ -63,4 +69,4 @@ def table(model: nn.Module, plan: Plan, tp: int, itemsize: int) -> list[Row]:
 
 def collectives(plan: Plan) -> int:
     """All-reduces of a forward."""
-    return sum(word in ("embed", "rowwise", "experts") for word in plan.values())
+    return sum(word in ("embed", "rowwise", "summed") for word in plan.values())

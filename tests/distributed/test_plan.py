@@ -9,11 +9,11 @@ from fms.models.registry import build
 from fms.utils.tp_plan import plan_for
 
 ATTENTION = "attn=enter attn.dense=rowwise attn.key=colwise attn.query=colwise attn.value=colwise"
-REST = "ff=enter ff.w1=colwise ff.w2=rowwise ff_ln=whole ln=whole"
+REST = "ff=enter ff.w1=colwise ff.w2=rowwise ff_ln=norm ln=norm"
 GATED = f"{ATTENTION} {REST} ff.wg=colwise"
-DECODER = "dec_norm=whole embedding=embed head=head"
-ENCODER = "embedding=embed enc_norm=whole position_embedding=whole token_type_embedding=whole"
-EXPERTS = "ff=enter ff.experts=experts ff.gate=partial ff_ln=whole ln=whole"
+DECODER = "dec_norm=last_norm embedding=embed head=head"
+ENCODER = "embedding=embed enc_norm=norm position_embedding=scatter token_type_embedding=scatter"
+EXPERTS = "ff=summed ff.experts=experts ff.gate=partial ff_ln=norm ln=norm"
 PLANS = {  # of a block, of the rest
     "llama": (GATED, DECODER),
     "granite": (GATED, DECODER),
@@ -23,7 +23,7 @@ PLANS = {  # of a block, of the rest
     "mixtral": (f"{ATTENTION} {EXPERTS}", DECODER),
     "gpt_bigcode": (
         f"{ATTENTION} {REST}".replace("key=colwise", "key=replicate").replace("value=colwise", "value=replicate"),
-        f"{DECODER} position_embedding=whole",
+        f"{DECODER} position_embedding=scatter",
     ),
 }
 for family in ("bert", "roberta"):
@@ -33,7 +33,7 @@ for family in ("bert", "roberta"):
         "_question_answering": "head.out=whole",
         "_embedding": "pooler=whole",
     }.items():
-        PLANS[family + task] = (f"{ATTENTION} {REST}", f"{ENCODER} {head}")
+        PLANS[family + task] = (f"{ATTENTION} {REST}".replace("ff_ln=norm", "ff_ln=last_norm"), f"{ENCODER} {head}")
 
 
 def described(architecture: str, **fields: object) -> torch.nn.Module:
@@ -56,7 +56,8 @@ def test_fewer_key_heads_than_ranks_are_repeated() -> None:
 
 def test_experts_beside_a_shared_one_enter_with_it() -> None:
     plan = plan_for(described("granite_moe_hybrid", num_experts=4, top_k_experts=2, expert_dim=64), 2)
-    assert plan["layers.0.ff"] == "enter"
+    assert plan["layers.0.ff"] == "summed"
+    assert plan["layers.0.ff.w2"] == "addend"
     assert plan["layers.0.ff.routed"] == "within"
     assert plan["layers.0.ff.routed.experts"] == "experts"
 
@@ -76,6 +77,10 @@ def test_the_command_shows_shares(capsys: pytest.CaptureFixture[str]) -> None:
     assert " ".join(lines[-1]) == "3.37 GB a rank in bf16; 65 all-reduces a forward"
 
 
-def test_the_command_refuses_what_does_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "llama", "2-7b", "--tp", "3"]) == 2
-    assert "32 query heads can't be split over 3 ranks" in capsys.readouterr().err
+def test_the_command_pads_what_does_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "llama", "2-7b", "--tp", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "inference only: 32 query and 32 key and value heads become 33 and 33" in out
+    assert "inference only: 11008 hidden channels become 11010" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["layers.*.attn.query.weight", "colwise", "1408", "x", "4096", "32", "369.1"] in rows

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fms.distributed import communicator
+from fms.distributed.strategy import TensorParallel
 from fms.models import freeze, get_model
 from fms.models.convert import save_model
 from fms.utils.generation import generate
@@ -29,15 +31,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 DECODERS = [name for name in CASES if "bert" not in name]
 LAYERS = 2
-# In a forward: one for the embedding, two a layer, one that gathers logits. Granite 4 adds one a layer for its experts.
-EXTRA = {"granite 4": LAYERS}
 
 
-def random_model(case: str, mesh: Any = None) -> Any:
+def random_model(case: str, mesh: Any = None, sequence_parallel: bool = False, **more: Any) -> Any:
     """The same random model whatever the ranks: of one process, or placed on a mesh."""
     architecture, variant, fields = CASES[case]
+    fields = fields | more
     torch.manual_seed(0)
     kwargs = {"distributed_strategy": "none"} if mesh is None else {"distributed_strategy": "tp", "group": mesh}
+    kwargs |= {"sequence_parallel": True} if sequence_parallel else {}
     model = get_model(architecture, variant, **kwargs, **fields)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,36 +70,37 @@ def test_logits_and_collectives(ranks: Ranks, case: str, size: int, frozen: bool
         want = random_model(case)(some_ids(2, 9))
     for logits, counts in ranks.run(size, logits_of, case, frozen):
         torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
-        assert counts["all_reduce"] == 1 + 2 * LAYERS + EXTRA.get(case, 0)
+        assert counts["all_reduce"] == 1 + 2 * LAYERS
         assert counts.get("all_gather", 0) == (0 if "classification" in case else 1)
 
 
-def gradients_of(mesh: Any, case: str) -> dict[str, Tensor]:
-    model = random_model(case, mesh)
+def gradients_of(mesh: Any, case: str, sequence_parallel: bool = False) -> dict[str, Tensor]:
+    model = random_model(case, mesh, sequence_parallel)
     model(some_ids(2, 9)).square().mean().backward()
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "tokens too"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients(ranks: Ranks, case: str, size: int) -> None:
+def test_gradients(ranks: Ranks, case: str, size: int, sequence_parallel: bool) -> None:
     model = random_model(case)
     model(some_ids(2, 9)).square().mean().backward()
     want = {name: p.grad for name, p in model.named_parameters()}
     largest = max(gradient.abs().max() for gradient in want.values())
-    for got in ranks.run(size, gradients_of, case):
+    for got in ranks.run(size, gradients_of, case, sequence_parallel):
         assert got.keys() == want.keys()
         for name in want:
             torch.testing.assert_close(got[name] / largest, want[name] / largest, rtol=0, atol=1e-9, msg=name)
 
 
-def steps_of(mesh: Any, case: str) -> list[float]:
+def steps_of(mesh: Any, case: str, sequence_parallel: bool = False) -> list[float]:
     """Losses and gradient norms of four AdamW steps."""
-    model = random_model(case, mesh)
+    model = random_model(case, mesh, sequence_parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)  # tiny gradients keep their size
     ids, seen = some_ids(2, 10), []
     for _ in range(4):
-        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())  # 9 tokens
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         seen += [loss.item(), getattr(norm, "full_tensor", lambda n=norm: n)().item()]
@@ -106,10 +109,14 @@ def steps_of(mesh: Any, case: str) -> list[float]:
     return seen
 
 
-@pytest.mark.parametrize("case", ["llama, two key heads, tied", "granite, biases", "gpt_bigcode", "mixtral", "qwen3"])
-def test_four_steps_of_training(ranks: Ranks, case: str) -> None:
+TRAINED = ["llama, two key heads, tied", "granite, biases", "gpt_bigcode", "mixtral", "qwen3", "roberta"]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "tokens too"])
+@pytest.mark.parametrize("case", TRAINED)
+def test_four_steps_of_training(ranks: Ranks, case: str, sequence_parallel: bool) -> None:
     want = steps_of(None, case)
-    for got in ranks.run(2, steps_of, case):
+    for got in ranks.run(2, steps_of, case, sequence_parallel):
         assert got == pytest.approx(want, rel=1e-7)
 
 
@@ -121,6 +128,49 @@ OPTIONS: list[dict[str, Any]] = [
     {"seed": 6, "min_p": 0.1},
     {"use_cache": False},
 ]
+
+
+def shared_out(mesh: Any, case: str, tokens: int, frozen: bool) -> tuple[Tensor, dict[str, int]]:
+    """As `logits_of`, tokens shared out as in a long prefill."""
+    communicator.FEW = 2
+    model = random_model(case, mesh, sequence_parallel=True)
+    if frozen:
+        freeze(model)
+    with torch.no_grad():
+        model.comm.counts.clear()
+        logits = model(some_ids(2, tokens))
+    communicator.FEW = 128
+    return logits, {name: n for name, n in model.comm.counts.items() if "bytes" not in name}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_share_out_any_number_of_tokens(ranks: Ranks, case: str, frozen: bool) -> None:
+    model = random_model(case)
+    for size, tokens in ((2, 9), (4, 8), (4, 3), (4, 1)):
+        with torch.no_grad():
+            want = model(some_ids(2, tokens))
+        for logits, counts in ranks.run(size, shared_out, case, tokens, frozen):
+            torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
+            head = 0 if "classification" in case else 1
+            if tokens == 1:
+                assert counts == {"all_reduce": 1 + 2 * LAYERS} | ({"all_gather": 1} if head else {})
+            else:
+                assert counts == {"reduce_scatter": 1 + 2 * LAYERS, "all_gather": 1 + 2 * LAYERS + head}
+
+
+def embeddings_gradient(mesh: Any, case: str) -> Tensor:
+    model = random_model(case, mesh, sequence_parallel=mesh is not None)
+    x = torch.randn(2, 7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    model(x).square().mean().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("case", ["llama", "roberta"])
+def test_embeddings_given_are_shared_out_too(ranks: Ranks, case: str) -> None:
+    want = embeddings_gradient(None, case)
+    for got in ranks.run(2, embeddings_gradient, case):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 def tokens_of(mesh: Any, case: str, options: dict[str, Any]) -> list[list[int]]:
@@ -184,8 +234,10 @@ def test_files_are_read_into_shards(ranks: Ranks, to: str, tmp_path: Any) -> Non
 
 
 def fails(mesh: Any, options: dict[str, Any]) -> str:
+    options = dict(options)
+    strategy = TensorParallel(mesh, options.pop("tp_plan", None), pad=False)
     try:
-        get_model("llama", "micro", distributed_strategy="tp", group=mesh, **(DECODER | options))
+        get_model("llama", "micro", distributed_strategy=strategy, **(DECODER | options))
     except ValueError as error:
         return str(error)
     return ""
@@ -205,6 +257,43 @@ def test_what_can_not_be_split(ranks: Ranks, options: dict[str, Any], words: str
     assert all(words in said for said in ranks.run(2, fails, options))
 
 
+PADDED: list[tuple[int, str, dict[str, Any]]] = [
+    (2, "llama", {"nheads": 9, "kvheads": 3}),
+    (4, "llama", {"nheads": 9, "kvheads": 3, "attn_bias": True, "mlp_bias": True}),
+    (3, "granite, biases", {"hidden_dim": 97}),
+    (2, "qwen3", {"nheads": 6, "kvheads": 3}),
+    (2, "gpt_bigcode", {"nheads": 9, "kvheads": 1, "hidden_dim": 95}),
+    (4, "mixtral", {"nheads": 7, "kvheads": 7, "hidden_dim": 50}),
+    (3, "roberta", {}),
+]
+
+
+def padded(mesh: Any, path: str | None, case: str, more: dict[str, Any], frozen: bool) -> tuple[Tensor, bool]:
+    model = random_model(case, mesh, **more)
+    if path is not None:
+        model = get_model(model_path=path, distributed_strategy="tp", group=mesh)
+    trains = any(p.requires_grad for p in model.parameters())
+    if frozen:
+        freeze(model)
+    with torch.no_grad():
+        return model(some_ids(2, 9)), trains
+
+
+@pytest.mark.parametrize(("size", "case", "more"), PADDED)
+def test_heads_that_do_not_divide_are_padded(
+    ranks: Ranks, size: int, case: str, more: dict[str, Any], tmp_path: Any
+) -> None:
+    model = random_model(case, **more)
+    with torch.no_grad():
+        want = model(some_ids(2, 9))
+    save_model(model, tmp_path / "out")
+    for path in (None, str(tmp_path / "out")):
+        for frozen in (False, True):
+            for logits, trains in ranks.run(size, padded, path, case, more, frozen):
+                torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
+                assert not trains
+
+
 def saved(mesh: Any, path: str) -> str:
     with pytest.raises(ValueError, match="split over ranks can't be saved") as error:
         save_model(random_model("llama", mesh), path)
@@ -216,18 +305,20 @@ def test_saving_is_refused_and_writes_nothing(ranks: Ranks, tmp_path: Any) -> No
     assert not list(tmp_path.iterdir())
 
 
-def compiled(mesh: Any, case: str) -> tuple[Tensor, Tensor]:
-    model = random_model(case, mesh)
+def compiled(mesh: Any, case: str, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
+    torch._dynamo.reset()
+    model = random_model(case, mesh, sequence_parallel)
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     logits = run(some_ids(2, 9))
     logits.square().mean().backward()
     return logits.detach(), model.layers[0].attn.dense._parameters["weight"].grad.full_tensor()
 
 
-def test_compiles_without_a_graph_break(ranks: Ranks) -> None:
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "tokens too"])
+def test_compiles_without_a_graph_break(ranks: Ranks, sequence_parallel: bool) -> None:
     model = random_model("llama")
     want = model(some_ids(2, 9))
     want.square().mean().backward()
-    for logits, gradient in ranks.run(2, compiled, "llama"):
+    for logits, gradient in ranks.run(2, compiled, "llama", sequence_parallel):
         torch.testing.assert_close(logits, want.detach(), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(gradient, model.layers[0].attn.dense.weight.grad, rtol=1e-7, atol=1e-9)

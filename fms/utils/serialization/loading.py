@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fms.modules.tp import resharded
+from fms.modules.tp import resharded, shard_of, unpadded
 from fms.utils.serialization.checkpoint import Checkpoint
 from fms.utils.serialization.errors import CheckpointError, nearest
 from fms.utils.serialization.readers import Reader
@@ -24,7 +26,7 @@ def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[
     """
     parts, unknown = checkpoint.parts(model.config)
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    wanted = {name: p.shape for name, p in model.named_parameters()}  # of a tied pair the first
+    wanted = {name: _shape(model, name) for name, _ in model.named_parameters()}  # of a tied pair the first
     reader = checkpoint.reader
     wrong = [
         f"{name}: {_described(part, reader)}, the model wants {list(shape)}"
@@ -43,6 +45,11 @@ def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[
         shown = wrong[:SHOWN] + ([f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else [])
         raise CheckpointError("\n  ".join([f"{checkpoint.path} does not fit the model:", *shown]))
     return {name: parts[name] for name in wanted if name in parts}
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    owner, _, leaf = name.rpartition(".")
+    return unpadded(model.get_submodule(owner), leaf)
 
 
 def _described(part: Part, reader: Reader) -> str:
@@ -95,8 +102,7 @@ def fill(
 
     def read(name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
-        shards = getattr(model.get_submodule(owner), "shards", {})
-        return parts[name].read(reader, shards.get(leaf, ())).to(device, dtype)
+        return shard_of(model.get_submodule(owner), leaf, partial(parts[name].read, reader)).to(device, dtype)
 
     bad = []
     with ThreadPoolExecutor(READERS) as pool:
@@ -104,9 +110,9 @@ def fill(
             if finite and not tensor.isfinite().all():
                 bad.append(f"{name} (from {parts[name].key})")
             owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            tensor = resharded(module._parameters[leaf], tensor)
-            module.register_parameter(leaf, nn.Parameter(tensor))
+            module: Any = model.get_submodule(owner)
+            old = module._parameters[leaf]
+            module.register_parameter(leaf, nn.Parameter(resharded(old, tensor), old.requires_grad))
     if bad:
         raise CheckpointError(f"not finite: {', '.join(bad)}")
 

@@ -1,0 +1,32 @@
+"""Parameters, gradients and optimizer states shared out over the ranks that see different data."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+def shard(
+    root: Any,
+    mesh: DeviceMesh,
+    *,
+    reshard: bool = True,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+) -> Any:
+    """FSDP2 over the data axes of a mesh of `make_mesh`: each block of the model gathers its parameters when it runs.
+
+    `root`, which is called, holds the model; what is in no block (embedding, last norm, head, a tied pair) belongs to
+    it. Where "replicate" has several ranks each replica is sharded by itself (HSDP). `reshard=False` keeps parameters
+    gathered between forward and backward (ZeRO-2). `param_dtype` is what is computed in, `reduce_dtype` what gradients
+    are summed in. The model may be tensor parallel along "tp" already. Returns the root.
+    """
+    data = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+    # the angles of positions go into each block and stay fp32
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    model = next(module for module in root.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
+    for block in model.layers:
+        fully_shard(block, mesh=data, reshard_after_forward=reshard, mp_policy=precision)
+    return fully_shard(root, mesh=data, reshard_after_forward=reshard, mp_policy=precision)
