@@ -5,6 +5,8 @@ autograd, which gives an all-reduce another all-reduce as its gradient.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +71,16 @@ class Communicator:
     def _collect(self, x: Tensor, parts: bool) -> Tensor:
         assert self.tokens is not None
         return _Collect.apply(x, self, self.tokens, parts) if _differentiable(x) else self.whole(x, self.tokens)
+
+    @contextmanager
+    def apart(self, device: torch.device) -> Iterator[None]:
+        if torch.compiler.is_compiling():  # which can't change generators: the ranks drop alike
+            yield
+            return
+        seed = int(torch.randint(2**62, ()))  # the same on all
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed + self.rank)
+            yield
 
     def join(self, x: Tensor) -> Tensor:
         return _Join.apply(x, self) if _differentiable(x) else self.gather(x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fms.models.registry import describe
+from fms.modules.tp import unpadded
 from fms.utils.devices import dtype_of
 from fms.utils.embedding import recipe_files
 from fms.utils.serialization.checkpoint import OWN_VERSION, Checkpoint, open_checkpoint
@@ -89,12 +90,30 @@ def save_model(
 ) -> Path:
     """Write a model, frozen or not, as the directory `out` in the format `to`; `get_model(model_path=out)` reads it.
 
-    Raises `ValueError` for a model that is split over ranks: no rank has all of it.
+    All ranks that hold a model which is split over them call this: they gather one tensor at a time, the first of them
+    writes, and a failure is raised by all.
     """
-    if any(hasattr(p, "_spec") for p in model.parameters()):
-        raise ValueError("a model that is split over ranks can't be saved: load it in one process to convert it")
-    state = [Entry(n, tuple(p.shape), p.dtype, partial(Tensor.detach, p)) for n, p in model.named_parameters()]
-    return _write(model, state, out, to, getattr(model, "generation_defaults", {}), tokenizer, overwrite, progress)
+    parameters = dict(model.named_parameters())
+    defaults = getattr(model, "generation_defaults", {})
+
+    def write(whole: Callable[[str], Tensor]) -> Path:
+        state = []
+        for name, p in parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            shape = unpadded(model.get_submodule(owner), leaf)
+            state.append(Entry(name, shape, p.dtype, partial(_cut, whole, name, shape)))
+        return _write(model, state, out, to, defaults, tokenizer, overwrite, progress)
+
+    if not any(hasattr(p, "_spec") for p in parameters.values()):
+        return write(lambda name: parameters[name].detach())
+    from fms.distributed.saving import save_together
+
+    return save_together(parameters, write)
+
+
+def _cut(whole: Callable[[str], Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """A parameter without the zeros that made its heads divide."""
+    return whole(name)[tuple(slice(n) for n in shape)]
 
 
 def validate(

@@ -54,7 +54,7 @@ class Decoder(nn.Module):
             self.head.register_parameter("weight", self.embedding._parameters["weight"])
 
     def tp_plan(self, tp: int) -> Plan:
-        plan = {"embedding": "embed", "dec_norm": "last_norm", "head": "head"}
+        plan = {"embedding": "embed", "emb_dropout": "dropout", "dec_norm": "last_norm", "head": "head"}
         return plan if self.position_embedding is None else plan | {"position_embedding": "scatter"}
 
     def make_cache(self, batch: int, max_len: int, slack: int = 0) -> StaticCache | RollingCache:

@@ -122,7 +122,7 @@ class Encoder(nn.Module):
 
     def tp_plan(self, tp: int) -> Plan:
         plan = {"embedding": "embed", "position_embedding": "scatter", "token_type_embedding": "scatter"}
-        return plan | {"enc_norm": "norm", f"layers.{len(self.layers) - 1}.ff_ln": "last_norm"}
+        return plan | {"enc_norm": "norm", "dropout": "dropout", f"layers.{len(self.layers) - 1}.ff_ln": "last_norm"}
 
     def hidden(
         self,

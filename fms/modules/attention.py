@@ -1,9 +1,11 @@
 """Grouped-query attention."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fms.kernels.attend import Angles, LayerCache, Norms, attend
-from fms.modules.tp import Plan, divided, pad_inputs, pad_outputs, rounded
+from fms.modules.tp import Communicator, Plan, divided, pad_inputs, pad_outputs, rounded
 
 
 class Attention(nn.Module):
@@ -12,6 +14,8 @@ class Attention(nn.Module):
     `kvheads` of `nheads` is multi-head attention, 1 is multi-query. `scale` multiplies the scores, 1 / sqrt(head_dim)
     where it is `None`; `dropout` is that of the weights, in training only. `q_norm` and `k_norm` act on each head.
     """
+
+    comm: Communicator | None = None  # of the ranks that have the other heads
 
     def __init__(
         self,
@@ -64,5 +68,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, layer: LayerCache | None) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))  # b s h d
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, v, angles, mask, layer, self.scale, causal=self.causal, norms=self.norms, dropout=dropout)
+        how: dict[str, Any] = {"causal": self.causal, "norms": self.norms, "dropout": dropout}
+        if not dropout or self.comm is None:
+            return self.dense(attend(q, k, v, angles, mask, layer, self.scale, **how))
+        with self.comm.apart(x.device):  # heads of other ranks drop others
+            out = attend(q, k, v, angles, mask, layer, self.scale, **how)
         return self.dense(out)

@@ -18,7 +18,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def tp_plan(self, tp: int) -> Plan:
-        return {"ln": "norm", "ff_ln": "norm"}
+        return {"ln": "norm", "ff_ln": "norm", "dropout": "dropout"}
 
     def forward(
         self, x: Tensor, angles: Angles | None, mask: Tensor | None = None, layer: LayerCache | None = None
@@ -36,7 +36,7 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def tp_plan(self, tp: int) -> Plan:
-        return {"ln": "norm", "ff_ln": "norm"}
+        return {"ln": "norm", "ff_ln": "norm", "dropout": "dropout"}
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.ln(x + self.dropout(self.attn(x, None, mask, None)))

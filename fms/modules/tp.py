@@ -7,6 +7,7 @@ looks at a model from outside sees whole tensors, and gives each named module th
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Protocol
 
@@ -41,6 +42,9 @@ class Communicator(Protocol):
 
     def same(self, x: Tensor) -> Tensor:
         """x, which all ranks have; its gradient is summed over ranks."""
+
+    def apart(self, device: torch.device) -> AbstractContextManager[None]:
+        """Random numbers that differ from rank to rank; afterwards they are the same again."""
 
     def collect(self, x: Tensor) -> Tensor:
         """All tokens of which each rank has some: `scatter` undone."""
@@ -125,6 +129,19 @@ class Scattered(Sharded):
 
     def forward(self, *args: Tensor) -> Tensor:
         return self.comm.scatter(super().forward(*args))
+
+
+class Dropout(nn.Module):
+    """Between sub-layers: where ranks share out the tokens each drops others."""
+
+    comm: Communicator
+    p: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.comm.tokens is None or not (self.training and self.p):
+            return super().forward(x)
+        with self.comm.apart(x.device):
+            return super().forward(x)
 
 
 class Addend(Sharded):
@@ -226,6 +243,7 @@ WORDS: dict[str, tuple[type[nn.Module] | None, dict[str, int]]] = {
     "norm": (Norm, {}),
     "last_norm": (LastNorm, {}),
     "scatter": (Scattered, {}),
+    "dropout": (Dropout, {}),
     "whole": (Sharded, {}),
 }
 

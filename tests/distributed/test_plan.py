@@ -9,11 +9,11 @@ from fms.models.registry import build
 from fms.utils.tp_plan import plan_for
 
 ATTENTION = "attn=enter attn.dense=rowwise attn.key=colwise attn.query=colwise attn.value=colwise"
-REST = "ff=enter ff.w1=colwise ff.w2=rowwise ff_ln=norm ln=norm"
+REST = "ff=enter ff.w1=colwise ff.w2=rowwise ff_ln=norm ln=norm dropout=dropout"
 GATED = f"{ATTENTION} {REST} ff.wg=colwise"
-DECODER = "dec_norm=last_norm embedding=embed head=head"
-ENCODER = "embedding=embed enc_norm=norm position_embedding=scatter token_type_embedding=scatter"
-EXPERTS = "ff=summed ff.experts=experts ff.gate=partial ff_ln=norm ln=norm"
+DECODER = "dec_norm=last_norm emb_dropout=dropout embedding=embed head=head"
+ENCODER = "dropout=dropout embedding=embed enc_norm=norm position_embedding=scatter token_type_embedding=scatter"
+EXPERTS = "ff=summed ff.experts=experts ff.gate=partial ff_ln=norm ln=norm dropout=dropout"
 PLANS = {  # of a block, of the rest
     "llama": (GATED, DECODER),
     "granite": (GATED, DECODER),

@@ -257,6 +257,26 @@ def test_what_can_not_be_split(ranks: Ranks, options: dict[str, Any], words: str
     assert all(words in said for said in ranks.run(2, fails, options))
 
 
+def dropped(mesh: Any, sequence_parallel: bool) -> list[Tensor]:
+    """What dropout leaves of ones in a block and in the weights of attention, and the next random number."""
+    model = random_model("roberta", mesh, sequence_parallel, p_dropout=0.5, attn_dropout=0.5)
+    torch.manual_seed(0)
+    model.comm.begin(8)
+    block, ones = model.layers[0], torch.ones(1, 8, 16)
+    with model.comm.apart(ones.device):
+        heads = torch.rand(3)
+    return [block.dropout(ones), heads, torch.rand(3)]
+
+
+def test_dropout_differs_where_the_ranks_work_on_different_things(ranks: Ranks) -> None:
+    for sequence_parallel in (False, True):
+        one, two = ranks.run(2, dropped, sequence_parallel)
+        assert torch.equal(one[0], two[0]) == (not sequence_parallel)
+        assert not torch.equal(one[1], two[1])
+        assert torch.equal(one[2], two[2])
+        assert 0 < (one[0] == 0).sum() < one[0].numel()
+
+
 PADDED: list[tuple[int, str, dict[str, Any]]] = [
     (2, "llama", {"nheads": 9, "kvheads": 3}),
     (4, "llama", {"nheads": 9, "kvheads": 3, "attn_bias": True, "mlp_bias": True}),
@@ -292,17 +312,6 @@ def test_heads_that_do_not_divide_are_padded(
             for logits, trains in ranks.run(size, padded, path, case, more, frozen):
                 torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
                 assert not trains
-
-
-def saved(mesh: Any, path: str) -> str:
-    with pytest.raises(ValueError, match="split over ranks can't be saved") as error:
-        save_model(random_model("llama", mesh), path)
-    return str(error.value)
-
-
-def test_saving_is_refused_and_writes_nothing(ranks: Ranks, tmp_path: Any) -> None:
-    assert all(ranks.run(2, saved, str(tmp_path / "out")))
-    assert not list(tmp_path.iterdir())
 
 
 def compiled(mesh: Any, case: str, sequence_parallel: bool) -> tuple[Tensor, Tensor]:

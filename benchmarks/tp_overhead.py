@@ -1,0 +1,108 @@
+"""The host's time for tensor parallelism: ten tiny layers, a group whose collectives do nothing, eager, on a CPU.
+
+    python benchmarks/tp_overhead.py [--json FILE]
+
+Ours beside `parallelize_module` of torch on the same modules, both against the model unsharded. Rounds take turns; a
+ratio is that of medians.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fms.models import freeze, get_model
+
+TINY = {"src_vocab_size": 64, "emb_dim": 32, "nheads": 4, "kvheads": 4, "head_dim": 8, "hidden_dim": 32}
+TINY |= {"nlayers": 10, "max_expected_seq_len": 64, "pad_id": None}
+ROUNDS = 15
+GOALS = {("frozen forward", "fms"): 1.1, ("training step", "fms"): 1.7}
+COLUMNS = ("attn.query", "attn.key", "attn.value", "ff.w1", "ff.wg")
+ROWS = ("attn.dense", "ff.w2")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    rows = [
+        *compared("frozen forward", forward, unsharded=made("none", True), fms=made("tp", True, mesh)),
+        *compared("plain forward", forward, unsharded=made("none"), fms=made("tp", group=mesh), torch=stock(mesh)),
+        *compared("training step", step, unsharded=made("none"), fms=made("tp", group=mesh), torch=stock(mesh)),
+    ]
+    print("| what | which | ms | times unsharded | goal |\n|---|---|---|---|---|")
+    for row in rows:
+        print("| {what} | {which} | {ms} | {ratio} | {goal} |".format_map(row | {"goal": row["goal"] or ""}))
+    if args.json:
+        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "device": "cpu"}
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        about = {"what": "machine", **machine, **versions, "command": " ".join(sys.argv), "rounds": ROUNDS}
+        args.json.write_text(json.dumps([about, *rows], indent=1) + "\n")
+
+
+def made(strategy: str, frozen: bool = False, group: Any = None) -> Any:
+    torch.manual_seed(0)
+    model = get_model("llama", "micro", distributed_strategy=strategy, group=group, **TINY)
+    return freeze(model) if frozen else model
+
+
+def stock(mesh: Any) -> nn.Module:
+    """Torch's own way: a plan of styles for the plain layers."""
+    model = made("none")
+    for block in model.layers:
+        plan = {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS}
+        parallelize_module(block, mesh, plan)
+    return model
+
+
+@torch.no_grad()
+def forward(model: Any, ids: Tensor) -> None:
+    model(ids)
+
+
+def step(model: Any, ids: Tensor) -> None:
+    model(ids).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def compared(what: str, run: Callable[[Any, Tensor], None], **models: Any) -> list[dict[str, Any]]:
+    ids = torch.ones(1, 4, dtype=torch.long)
+    times: dict[str, list[float]] = {which: [] for which in models}
+    for _ in range(ROUNDS + 5):
+        for which, model in models.items():
+            start = time.perf_counter()
+            run(model, ids)
+            times[which].append((time.perf_counter() - start) * 1e3)
+    middle = {which: statistics.median(each[5:]) for which, each in times.items()}
+    base = middle["unsharded"]
+    return [
+        {
+            "what": what,
+            "which": which,
+            "ms": round(ms, 3),
+            "min_ms": round(min(times[which]), 3),
+            "ratio": round(ms / base, 2),
+            "goal": GOALS.get((what, which)),
+        }
+        for which, ms in middle.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()
