@@ -18,7 +18,7 @@ def save_together(parameters: Mapping[str, Tensor], write: Callable[[Callable[[s
     """
     mesh: Any = next(p.device_mesh for p in parameters.values() if isinstance(p, DTensor))
     everybody = mesh._get_root_mesh().size() == dist.get_world_size()
-    group = dist.group.WORLD if everybody else mesh.get_group()
+    group: Any = dist.group.WORLD if everybody else mesh.get_group()
     first = dist.get_global_rank(group, 0)
 
     def share(said: tuple[str, Any]) -> tuple[str, Any]:

@@ -65,7 +65,7 @@ def test_of_replicas_one_writes(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def refused(mesh: Any, path: str, to: str) -> str:
-    with pytest.raises(ValueError, match="not empty|can't be written") as error:
+    with pytest.raises(ValueError, match=r"not empty|can't be written") as error:
         save_model(random_model("llama", mesh), path, to)
     return str(error.value)
 
