@@ -67,7 +67,7 @@ def test(args: list[str]) -> NoReturn:
     set_up("test", "dev")
     workers = ["-n", str(min(4, os.cpu_count() or 2)), "--dist", "worksteal"] if "no:xdist" not in args else []
     # One thread a process: the processes are what fills the cores.
-    become([PYTHON, "-m", "pytest", *workers, "--timeout", "300", *args], OMP_NUM_THREADS="1")
+    become([PYTHON, "-m", "pytest", *workers, "--timeout", "300", *args], OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
 
 
 def gpu(args: list[str]) -> NoReturn:

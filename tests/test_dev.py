@@ -167,7 +167,7 @@ def test_tests_run_in_two_processes_of_one_thread(project, became):
     command, env = became[0]
     assert command[:4] == [dev.PYTHON, "-m", "pytest", "-n"]
     assert command[-2:] == ["-k", "cache"]
-    assert env == {"OMP_NUM_THREADS": "1"}
+    assert env == {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     dev.main(["test", "-p", "no:xdist"])
     assert "-n" not in became[1][0]
 
