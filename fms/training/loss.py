@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a label that does not count
+from fms.utils.labels import IGNORED
 
 
 def causal_loss(model: Any, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -1,0 +1,26 @@
+"""LoRA by peft: small matrices beside frozen weights, in place, and merged into them at the end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str]) -> Any:
+    """Put matrices of this rank beside the linear layers called `targets`; only they are trained (Hu et al. 2021, arXiv
+    2106.09685). Returns the model. Raises `ImportError` without peft, `ValueError` where no layer is called so."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("--lora needs peft: pip install peft") from error
+    scale: Any = alpha  # peft says int; a fraction is as good
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), lora_dropout=0.0)
+    inject_adapter_in_model(config, model)
+    return model
+
+
+def merge_lora(model: Any) -> None:
+    """Add the matrices to the weights and take them away: a plain model again."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if hasattr(child, "base_layer"):
+                child.merge()
+                setattr(module, name, child.get_base_layer())

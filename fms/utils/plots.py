@@ -1,0 +1,81 @@
+"""Figures of a benchmark as charts, by matplotlib, which is imported when a chart is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fms.utils.benchmark import Cell
+from fms.utils.figures import COLUMNS
+
+STYLES = ("-", "--", ":", "-.")
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files. Raises `ImportError` that says how to install it."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("charts need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot(cells: Sequence[Cell], directory: Path) -> list[Path]:
+    """Write PNG charts: bars of all cells, latency by prompt length and, where it is known, memory by prompt length."""
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = [_bars(cells)]
+    drawn.append(_lines(cells, "ms", 1.0, "ms a token"))
+    if any(cell.reserved for cell in cells):
+        drawn.append(_lines(cells, "reserved", 1e9, "GB reserved at the peak"))
+    files = [directory / name for name in ("cells.png", "latency.png", "memory.png")][: len(drawn)]
+    for figure, file in zip(drawn, files, strict=True):
+        figure.savefig(file, dpi=150)
+        pyplot().close(figure)
+    return files
+
+
+def _bars(cells: Sequence[Cell]) -> Any:
+    """For each size a panel, for each column a group, for each mode a bar; logarithmic, as they differ by orders."""
+    sizes = list(dict.fromkeys((c.batch_size, c.seq_len) for c in cells))
+    modes = _modes(cells)
+    figure, panels = pyplot().subplots(
+        len(sizes), 1, figsize=(9, 3.2 * len(sizes)), squeeze=False, layout="constrained"
+    )
+    for panel, size in zip(panels[:, 0], sizes, strict=True):
+        found = {(c.mode, c.task, c.cached): c.ms for c in cells if (c.batch_size, c.seq_len) == size}
+        width = 0.8 / len(modes)
+        for i, mode in enumerate(modes):
+            bars = [(place, found.get((mode, *kind))) for place, kind in enumerate(COLUMNS.values())]
+            there = [(place + (i - (len(modes) - 1) / 2) * width, ms) for place, ms in bars if ms is not None]
+            drawn = panel.bar([at for at, _ in there], [ms for _, ms in there], width, label=mode, color=f"C{i}")
+            panel.bar_label(drawn, fmt="%.3g", fontsize=7)
+        panel.set_xticks(range(len(COLUMNS)), list(COLUMNS))
+        least = min((ms for ms in found.values() if ms is not None), default=1.0)
+        panel.set(yscale="log", ylim=(least / 2, None), ylabel="ms a token", title=f"batch {size[0]}, prompt {size[1]}")
+        panel.legend(fontsize=8)
+    return figure
+
+
+def _lines(cells: Sequence[Cell], field: str, unit: float, label: str) -> Any:
+    """For each column a panel, for each mode a colour, for each batch a kind of line."""
+    modes, batches = _modes(cells), sorted({cell.batch_size for cell in cells})
+    figure, panels = pyplot().subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for panel, (name, kind) in zip(panels.flat, COLUMNS.items(), strict=True):
+        lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        for cell in cells:
+            if (cell.task, cell.cached) == kind and (value := getattr(cell, field)) is not None:
+                lines.setdefault((cell.mode, cell.batch_size), []).append((cell.seq_len, value / unit))
+        for (mode, batch), points in lines.items():
+            style = {"color": f"C{modes.index(mode)}", "linestyle": STYLES[batches.index(batch) % len(STYLES)]}
+            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{mode}, batch {batch}", **style)
+        panel.set(title=name, xlabel="tokens of the prompt", ylabel=label, ylim=(0, None))
+        if lines:
+            panel.legend(fontsize=7)
+    return figure
+
+
+def _modes(cells: Sequence[Cell]) -> list[str]:
+    """Those that have a figure."""
+    return list(dict.fromkeys(cell.mode for cell in cells if cell.ms is not None))

@@ -1,0 +1,3 @@
+"""The pool of ranks, as in tests/distributed."""
+
+from tests.distributed.conftest import ranks  # noqa: F401

@@ -1,0 +1,79 @@
+"""`fms train` from a text file to a model that transformers reads, and the existing script's flags."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fms.cli import main
+from fms.training.metrics import read_rows
+from tests.tiny import LINES, write_tiny_chat
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{line} {n}"}) + "\n" for n in range(20) for line in LINES))
+    return file
+
+
+def words(text: Path, *more: object) -> list[str]:
+    plain = ["--dataset_path", text, "--seq_len", 16, "--batch_size", 2, "--steps", 4, "--report_steps", 2, *more]
+    return [str(word) for word in ("--device_type", "cpu", "--held_out", 0.3, "--eval_batches", 2, *plain)]
+
+
+def test_tuned_and_back_to_transformers(tmp_path: Path, text: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from fms.models import get_model
+
+    model, out = write_tiny_chat(tmp_path / "model"), tmp_path / "out"
+    more = ["--model_path", model, "--output", out, "--export", "hf", "--sample_steps", 4, "--lr", 1e-2]
+    assert main(["train", *words(text, *more)]) == 0
+    rows = read_rows(out)
+    assert [row["step"] for row in rows] == [2, 4, 4]
+    assert "eval_loss" in rows[-1]
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours = get_model(model_path=out / "export").eval()(ids)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "export").eval()(ids).logits
+        before = get_model(model_path=model).eval()(ids)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert not torch.allclose(ours, before, atol=1e-2)
+
+
+def test_the_script_takes_the_flags_of_the_existing_one(tmp_path: Path, text: Path) -> None:
+    more = ["--architecture", "llama", "--variant", "micro", "--model", "nlayers=1,emb_dim=32,nheads=4,kvheads=4"]
+    more += ["--tokenizer", "char_tokenizer", "--output_path", tmp_path / "out", "--distributed=none"]
+    more = ["--dataset_style", "text", *more]
+    command = [sys.executable, "scripts/train_causal.py", *words(text, *more)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step 4: loss" in done.stderr
+
+
+def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"stepz": 3}))
+    assert main(["train", "--config", str(tmp_path / "run.json")]) == 2
+    assert "there is no setting 'stepz' (did you mean 'steps'?)" in capsys.readouterr().err
+    more = ["--architecture", "llama", "--tokenizer", "char_tokenizer", "--output", tmp_path / "out"]
+    assert main(["train", *words(text, *more, "--distributed", "fsdp")]) == 2
+    assert "start with torchrun" in capsys.readouterr().err
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3.0, "tokens_per_second": 9}\n{"step": 2, "eval_loss":'
+    )
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "run.png")]) == 0
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_to_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "no rows" in capsys.readouterr().err

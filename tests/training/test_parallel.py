@@ -1,0 +1,148 @@
+"""Every strategy on real ranks takes the steps that one process takes, and goes on from what any other has saved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fms.distributed.mesh import data_place
+from fms.distributed.strategy import TensorParallel
+from fms.models import get_model
+from fms.training.config import TrainConfig
+from fms.training.cross_entropy import head_loss
+from fms.training.loop import Trainer
+from fms.training.loss import IGNORED
+from fms.training.metrics import read_rows
+from fms.training.objective import LMLoss
+from fms.training.parallel import mesh_for, recompute, share_out, whole
+from fms.training.sample import continuation
+from tests.distributed.ranks import Ranks
+from tests.training.runs import CPU, DECODER, Data, settings, small_model
+
+
+def share_of_the_loss(mesh: Any, elements: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    torch.manual_seed(0)
+    model = get_model("llama", "micro", distributed_strategy="tp", group=mesh, **DECODER).double()
+    h = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    labels = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(2))
+    labels[1, 3:6] = IGNORED
+    comm = model.embedding.comm
+    comm.counts.clear()
+    loss = head_loss(h, model.head, labels, elements)
+    loss.backward()
+    return loss.detach(), h.grad, model.head._parameters["weight"].grad.full_tensor(), comm.counts["all_reduce"]
+
+
+@pytest.mark.parametrize("elements", [40, 1 << 20])
+@pytest.mark.parametrize("size", [2, 4])
+def test_loss_of_a_share_of_the_vocabulary(ranks: Ranks, size: int, elements: int) -> None:
+    model = small_model().double()
+    h = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    labels = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(2))
+    labels[1, 3:6] = IGNORED
+    want = torch.nn.functional.cross_entropy(
+        model.head(h).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    want.backward()
+    for loss, gradient, weight, count in ranks.run(size, share_of_the_loss, elements):
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, h.grad, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(weight, model.head.weight.grad, rtol=1e-11, atol=1e-12)
+        assert count == 2  # the packed sums in the forward; in the backward what enters the head
+
+
+WORK: dict[str, dict[str, Any]] = {
+    "none": {},
+    "ddp": {"distributed": "ddp"},
+    "ddp, two forwards": {"distributed": "ddp", "accumulate": 2, "batch_size": 1},
+    "fsdp": {"distributed": "fsdp"},
+    "zero 2": {"distributed": "fsdp", "zero": 2},
+    "hsdp": {"distributed": "hsdp"},
+    "tp": {"distributed": "tp"},
+    "tp, tokens too": {"distributed": "tp", "sequence_parallel": True},
+    "tp+fsdp": {"distributed": "tp+fsdp"},
+    "fsdp, recompute": {"distributed": "fsdp", "activation_checkpointing": "full"},
+    "tp+fsdp, recompute some": {"distributed": "tp+fsdp", "activation_checkpointing": "selective"},
+}
+
+
+class Rows(Data):
+    """The same rows of a step whatever the ranks and forwards."""
+
+    def __init__(self, rank: int, world: int, accumulate: int):
+        super().__init__(rank, world)
+        self.accumulate = accumulate
+
+    def batches(self, size: int) -> Any:
+        for batch in Data(0, 1).__class__.batches(self._all(), 8):
+            mine = {name: value.chunk(self.world)[self.rank] for name, value in batch.items()}
+            self.at += 1
+            for n in range(self.accumulate):
+                yield {name: value.chunk(self.accumulate)[n] for name, value in mine.items()}
+
+    def _all(self) -> Data:
+        whole = Data()
+        whole.at = self.at
+        return whole
+
+
+def trained(world: Any, work: str, output: str, steps: int, model: dict[str, Any]) -> dict[str, Tensor]:
+    """The parameters after so many steps."""
+    options = {"batch_size": 2} | WORK[work]
+    if work == "none":
+        options["batch_size"] = 8
+    if work.startswith("tp"):
+        options["batch_size"] = 8 if "fsdp" not in work else 4
+    config: TrainConfig = settings(output, steps=steps, **options)
+    mesh = mesh_for(config, CPU) if work != "none" else None
+    place = data_place(mesh)
+    strategy: Any = "none"
+    if "tp" in config.distributed:
+        assert mesh is not None
+        strategy = TensorParallel(mesh["tp"], sequence_parallel=config.sequence_parallel, pad=False)
+    torch.manual_seed(0)
+    made = get_model("llama", "micro", distributed_strategy=strategy, **(DECODER | model)).double()
+    recompute(made, config.activation_checkpointing)
+    root = share_out(LMLoss(made), config, mesh)
+    Trainer(root, Rows(*place, config.accumulate), config, CPU, mesh, place).run()
+    continuation(root, [1, 2, 3], 32, count=2)
+    whole(made, True)
+    return {name: p.detach() for name, p in made.named_parameters()}
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(output)]
+
+
+@pytest.mark.parametrize("work", [work for work in WORK if work != "none"])
+def test_equals_one_process_and_resumes_elsewhere(ranks: Ranks, work: str, tmp_path: Path) -> None:
+    tied = {"tie_heads": work in ("fsdp", "tp+fsdp")}
+    want = trained(None, "none", str(tmp_path / "one"), 4, tied)
+    first = str(tmp_path / "many")
+    ranks.run(4, trained, work, first, 2, tied)
+    for got in ranks.run(4, trained, "fsdp" if "tp" in work else "tp+fsdp", first, 4, tied):
+        for name, parameter in want.items():
+            torch.testing.assert_close(got[name], parameter, rtol=1e-7, atol=1e-7, msg=name)
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
+
+
+def refused(world: Any, **options: Any) -> str:
+    try:
+        mesh_for(settings("out", **options), CPU)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def wrong_sizes(world: Any) -> list[str]:
+    return [refused(world), refused(world, distributed="tp", tp=2), refused(world, distributed="tp+fsdp", tp=3)]
+
+
+def test_sizes_that_do_not_fit(ranks: Ranks) -> None:
+    none, tp, both = ranks.run(4, wrong_sizes)[0]
+    assert "say which, as --distributed fsdp" in none
+    assert "all 4 processes, not tp=2" in tp
+    assert "tp=3 x shard=1 x replicate=1 is not the 4 ranks" in both
+    assert "start with torchrun" in refused(None, distributed="fsdp")
