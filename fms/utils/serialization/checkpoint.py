@@ -115,6 +115,33 @@ def local_path(path: str | Path) -> Path:
     return found
 
 
+def read_configuration(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The architecture that a Hugging Face directory's or Hub id's `config.json` names, and its fields in our names.
+
+    Needs no weights. Raises `CheckpointError` as `open_checkpoint` does.
+    """
+    file = Path(path).expanduser() / "config.json"
+    if not file.parent.exists():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            file = Path(hf_hub_download(str(path), "config.json"))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(f"{path}: not a directory here, and not to be had from the Hub: {error}") from error
+    values = _json(file)
+    kind, classes = str(values.get("model_type")), values.get("architectures") or [None]
+    fit = [name for name, of_class in find_by_kind("hf", kind, classes[0]).items() if of_class]
+    config = get_source(fit[0], "hf").config if fit else None
+    if config is None:
+        known = known_kinds("hf")
+        raise CheckpointError(
+            f"{file}: architecture {classes[0] or kind!r} is not one that this library has{nearest(kind, known)}; "
+            f"it has {', '.join(known)}"
+        )
+    return fit[0], config.read(values, str(file))
+
+
 def _detect(path: Path, reader: Reader) -> tuple[str | None, Path]:
     """The format, and the file that holds its configuration."""
     if reader.files[0].suffix == ".gguf":
