@@ -30,7 +30,7 @@ def make_parser() -> flags.Parser:
     add("--no_use_cache", action="store_true", help="compute everything anew for each token (default: use a cache)")
     add("--unfuse_weights", action="store_true", help="has no effect: weights are stored unfused, inference fuses them")
     add("--default_dtype", dest="dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (default: their own)")
-    add("--compile", action="store_true", help="compile the model with torch.compile (default: not)")
+    add("--compile", dest="compiled", action="store_true", help="compile the model with torch.compile (default: not)")
     modes = ["default", "reduce-overhead", "max-autotune"]
     add("--compile_mode", choices=modes, default="default", help="torch.compile's mode (default: default)")
     add("--deterministic", action="store_true", help="deterministic algorithms only, seed 42 (default: not)")
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.distributed and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise ValueError("--distributed needs several processes: start with torchrun")
-    if args.compile_mode != "default" and not args.compile:
+    if args.compile_mode != "default" and not args.compiled:
         raise ValueError(f"--compile_mode={args.compile_mode} needs --compile")
     for flag in ("unfuse_weights", "min_pad_length"):
         if getattr(args, flag):
@@ -73,9 +73,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = QUESTIONS
     if args.context_file is not None:
         prompts = [f"Sum up this text in a few sentences.\n\n{Path(args.context_file).read_text(encoding='utf-8')}"]
+    args.compile = args.compile_mode if args.compiled else "none"
     loaded = load(args)
-    if args.compile:
-        loaded.model.compile(mode=args.compile_mode)
     ids = [ask(loaded.tokenizer, prompt) for prompt in prompts]
     options = {"max_new_tokens": args.max_new_tokens, "use_cache": not args.no_use_cache, "do_sample": False}
     print(f"use_cache {not args.no_use_cache};; do_sample False")

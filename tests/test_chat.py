@@ -6,7 +6,6 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from tiny import write_tiny_chat
 
 from fms.cli import main
 from fms.cli.chat import Conversation
@@ -15,6 +14,7 @@ from fms.models import freeze, get_model
 from fms.modules.cache import StaticCache
 from fms.utils.generation import generate
 from fms.utils.tokenizers import get_tokenizer
+from tests.tiny import write_tiny_chat
 
 QUESTIONS = ["What is the capital of France?", "The quick brown fox", "Paris."]
 

@@ -14,21 +14,23 @@ ROOT = Path(__file__).parents[1]
 TABLE = {
     "fms/__init__.py": "",
     "fms/__main__.py": "fms.cli",
-    "fms/cli": "fms.__version__ fms.cli ~fms ~fms.models.hf ~torch ~torch.distributed ~tqdm",
+    "fms/cli": "fms.__version__ fms.cli ~fms ~fms.models.hf ~torch ~torch.distributed ~tqdm ~lm_eval",
     "fms/models/hf": "torch transformers fms.models fms.models.hf fms.modules fms.utils ~peft",
     "fms/models/__init__.py": "torch fms.models fms.modules fms.utils ~fms.distributed",
+    "fms/models/convert.py": "torch fms.models fms.modules fms.utils ~fms.distributed",
     "fms/models": "torch fms.models fms.modules fms.utils",
     "fms/modules": "torch fms.modules fms.kernels",
-    "fms/kernels": "torch fms.kernels ~triton",
+    "fms/kernels": "torch fms.kernels ~fms.kernels.gpu ~triton",
+    "fms/kernels/gpu": "triton fms.kernels.gpu",
     "fms/distributed": "torch torch.distributed fms.distributed fms.kernels fms.modules.tp fms.utils.tp_plan"
     " fms.utils.devices",
     "fms/utils": "torch numpy safetensors fms.utils fms.modules fms.kernels fms.__version__"
-    " ~tokenizers ~sentencepiece ~tiktoken ~jinja2 ~huggingface_hub ~tqdm",
-    "fms/datasets": "torch numpy fms.datasets fms.utils ~pyarrow ~datasets ~huggingface_hub",
-    "fms/training": "torch torch.distributed fms.training fms.distributed fms.utils ~tqdm",
+    " ~tokenizers ~sentencepiece ~tiktoken ~jinja2 ~huggingface_hub ~tqdm ~matplotlib",
+    "fms/datasets": "torch numpy fms.datasets fms.utils ~pyarrow ~datasets ~tqdm",
+    "fms/training": "torch torch.distributed fms.training fms.distributed fms.utils ~peft ~tqdm",
 }
 # `torch` and `fms.models` do not cover these: they must be named.
-APART = ("torch.distributed", "fms.models.hf")
+APART = ("torch.distributed", "fms.models.hf", "fms.kernels.gpu")
 HEAVY = ["transformers", "tokenizers", "sentencepiece", "tiktoken", "jinja2", "huggingface_hub", "pyarrow", "triton"]
 HEAVY += ["matplotlib", "torch.distributed.tensor", "fms.distributed", "fms.models.hf"]
 

@@ -7,17 +7,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from fms.cli import chat, checkpoints, embed, flags, generate, plan
+from fms.cli import benchmark, chat, checkpoints, embed, evaluate, flags, generate, plan, plot, tokenize, train
 
 Command = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, Command] = {
     "generate": generate.run,
     "chat": chat.run,
     "embed": embed.run,
+    "benchmark": benchmark.run,
+    "eval": evaluate.run,
+    "train": train.run,
+    "plot": plot.run,
     "plan": plan.plan,
     "models": checkpoints.models,
     "convert": checkpoints.convert,
     "validate": checkpoints.validate,
+    "tokenize": tokenize.run,
 }
 
 
@@ -58,7 +63,7 @@ def guarded(run: Callable[[], int], name: str, debug: bool) -> int:
         print(file=sys.stderr)
         return 130
     except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
-        if debug or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
+        if debug or (isinstance(error, RuntimeError) and not _is_out_of_memory(error)):
             raise
         print(f"{name}: error: {message(error)}", file=sys.stderr)
         return 2
@@ -75,5 +80,7 @@ def message(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    from fms.utils.devices import is_out_of_memory
+
+    return is_out_of_memory(error)

@@ -81,6 +81,23 @@ def make_parser() -> Parser:
     embed.set_defaults(chat_template=None)
     add_debug(embed)
 
+    from fms.cli.benchmark import add_flags  # which stands on this module
+
+    add_flags(
+        command("benchmark", "measure time a token and memory", "--architecture llama --variant 7b --seq_len 512")
+    )
+
+    from fms.cli import plot, train
+
+    train.add_flags(
+        command("train", "train or tune a model", "--model_path DIRECTORY --dataset_path FILE.txt --output RUN")
+    )
+    plot.add_flags(command("plot", "draw loss and speed of training runs", "RUN --out run.png"))
+
+    from fms.cli import evaluate
+
+    evaluate.add_flags(command("eval", "score a model on tasks or a text", "--text notes.txt --model_path DIRECTORY"))
+
     plan = command("plan", "show how a model is split over ranks", "llama 2-7b --tp 4")
     plan.add_argument("architecture", metavar="ARCHITECTURE", help="as `fms models` lists them")
     plan.add_argument("variant", metavar="VARIANT", help="as `fms models` lists them")
@@ -111,6 +128,10 @@ def make_parser() -> Parser:
     validate.add_argument("model_path", type=path, metavar="PATH", help="directory, file or Hub id")
     add_identity(validate)
     add_debug(validate)
+
+    from fms.cli import tokenize
+
+    tokenize.add_flags(command("tokenize", "make shards of tokens out of text", "TEXTS SHARDS --tokenizer DIRECTORY"))
     return parser
 
 
@@ -177,6 +198,17 @@ def add_identity(parser: Any) -> None:
 
 
 def add_model(parser: Parser) -> None:
+    model = add_weights(parser, tokenizer="the one beside the weights")
+    model.add_argument(
+        "--dtype",
+        metavar="NAME",
+        help="fp32, bf16 or fp16 (default: the weights' own; GGUF: fp32 on a CPU, bf16 on a GPU)",
+    )
+    add_compile(model, "none")
+
+
+def add_weights(parser: Parser, tokenizer: str) -> Any:
+    """The group of flags that name a model; `tokenizer` is the default of that flag, in words."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model_path",
@@ -189,13 +221,19 @@ def add_model(parser: Parser) -> None:
         "--tokenizer",
         type=path,
         metavar="PATH",
-        help="file, directory, Hub id or char_tokenizer (default: the one beside the weights)",
+        help=f"file, directory, Hub id or char_tokenizer (default: {tokenizer})",
     )
     add_device(model)
-    model.add_argument(
-        "--dtype",
-        metavar="NAME",
-        help="fp32, bf16 or fp16 (default: the weights' own; GGUF: fp32 on a CPU, bf16 on a GPU)",
+    return model
+
+
+def add_compile(parser: Any, default: str | None, words: str = "none") -> None:
+    parser.add_argument(
+        "--compile",
+        choices=["none", "blocks", "max"],
+        default=default,
+        help="torch.compile of the block that all layers share; max: slower to start, kernels chosen by measuring "
+        f"(default: {words})",
     )
 
 

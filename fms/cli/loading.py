@@ -37,6 +37,7 @@ def load(args: argparse.Namespace) -> Loaded:
     start = time.perf_counter()
     with shown("loading ..."):
         from fms.models import freeze, get_model
+        from fms.models.compile import compile_model
         from fms.utils.serialization.checkpoint import local_path
         from fms.utils.tokenizers import get_tokenizer
 
@@ -46,7 +47,7 @@ def load(args: argparse.Namespace) -> Loaded:
         if args.chat_template is not None:
             tokenizer.chat_template = read_text(args.chat_template)
         model: Any = get_model(args.architecture, args.variant, path, args.source, args.device_type, args.dtype)
-        freeze(model)
+        compile_model(freeze(model), args.compile)
     if path is None:
         print("these are random weights: what follows means nothing", file=sys.stderr)
     return Loaded(model, tokenizer, time.perf_counter() - start)

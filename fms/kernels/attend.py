@@ -1,13 +1,17 @@
 """{rotary + cache write + attention}: from projected heads to their weighted values."""
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-HALF = (torch.float16, torch.bfloat16)
+from fms.kernels.skinny import HALF, epsilon, machine, power, start
+
+PARTS = 64  # the most that a row's keys are split into
+BLOCK = 64  # keys that are read at once
 Angles = tuple[Tensor, Tensor]  # cos, sin: (b or 1, s, 1, head_dim); the first half of sin is negated
 Norms = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of query heads and of key heads
 
@@ -16,6 +20,48 @@ class LayerCache(Protocol):
     """One layer's keys and values: takes the new ones, (b, kvheads, s, head_dim), and returns all to attend to."""
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Scratch:
+    """What the parts of a row's keys leave for the last of them to join; the layers of a cache share it."""
+
+    def __init__(self, keys: Tensor):
+        known = machine(keys.device)
+        assert known is not None
+        self.pairs = keys.shape[0] * keys.shape[1]
+        wanted = min(8 * known.multiprocessors // self.pairs, -(-keys.shape[2] // BLOCK), PARTS)
+        self.splits = power(max(wanted, 1))
+        self.counts = torch.zeros(self.pairs, dtype=torch.int32, device=keys.device)
+        self.parts: Tensor = keys.new_empty(0, dtype=torch.float32)
+
+    def room(self, group: int, head_dim: int) -> Tensor:
+        """For the parts of `group` query heads a key head."""
+        size = self.pairs * self.splits * group * (head_dim + 2)
+        if self.parts.numel() < size:
+            self.parts = self.parts.new_empty(size)
+        return self.parts
+
+
+@dataclass
+class Step:
+    """One new token a row, at `positions` (b or 1), of a cache whose layers have buffers k and v (b, kvheads, slots,
+    head_dim): position p lies in slot p % `capacity`. `even`: all keys that a layer returns are behind every row."""
+
+    positions: Tensor
+    capacity: int
+    scratch: Scratch
+    even: bool
+
+    def mask(self, keys: int) -> Tensor | None:
+        """For those who attend to a layer's first slots by themselves."""
+        slots = torch.arange(keys, device=self.positions.device)
+        return None if self.even else slots <= self.positions[:, None, None, None]
+
+
+def serves_step(keys: Tensor) -> bool:
+    """Whether the kernel takes such buffers."""
+    d = keys.shape[-1]
+    return keys.is_cuda and keys.dtype in HALF and d % 2 == 0 and d <= 256 and machine(keys.device) is not None
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
@@ -62,6 +108,9 @@ def attend_packed(
     norms: Norms | None = None,
 ) -> Tensor:
     """`attend` on what a fused projection gives, (b, s, (heads + 2 kvheads) * d): query, key and value heads."""
+    step: Step | None = getattr(layer, "step", None)
+    if step is not None and mask is None and qkv.dtype == layer.k.dtype and _simple(qkv, norms):  # type: ignore[union-attr]
+        return _step(qkv, angles, layer, step, head_dim**-0.5 if scale is None else scale, norms)
     qk, v = qkv.unflatten(-1, (-1, head_dim)).tensor_split((-kvheads,), dim=2)
     if norms is not None:
         q, k = qk.tensor_split((-kvheads,), dim=2)
@@ -86,6 +135,8 @@ def _weigh(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # b h s d
     if layer is not None:
         k, v = layer.update(k, v)
+        if mask is None and (step := getattr(layer, "step", None)) is not None:
+            mask = step.mask(k.shape[2])
     if s == 1 and (mask is None or mask.shape[-3:-1] == (1, 1)):
         # one token: the heads of a group read the same keys, so they are rows of one product and nothing is repeated
         q = q.reshape(b, k.shape[1], -1, d)
@@ -99,3 +150,99 @@ def _weigh(
         q, k, v, mask, dropout, is_causal=causal and mask is None, scale=scale, enable_gqa=k.shape[1] != heads
     )
     return out.transpose(1, 2).flatten(2)
+
+
+def _simple(qkv: Tensor, norms: Norms | None) -> bool:
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return False
+    return norms is None or all(isinstance(norm, nn.RMSNorm) and norm.weight is not None for norm in norms)
+
+
+def _step(qkv: Tensor, angles: Angles | None, layer: Any, step: Step, scale: float, norms: Any) -> Tensor:
+    k, v = layer.k, layer.v
+    parts = step.scratch.room(qkv.shape[-1] // k.shape[3] // k.shape[1] - 2, k.shape[3])
+    cos, sin = (None, None) if angles is None else angles
+    q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (norms[0].weight, norms[1].weight, epsilon(norms[0]))
+    given = (qkv, k, v, step.positions, step.scratch.counts, parts, cos, sin, q_norm, k_norm)
+    run = attend_one if torch.compiler.is_compiling() else attend_step
+    return run(*given, scale, eps, step.capacity, step.scratch.splits)
+
+
+def attend_step(
+    qkv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    parts: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    scale: float,
+    eps: float,
+    capacity: int,
+    splits: int,
+) -> Tensor:
+    """Write the new keys and values of packed heads (b, 1, ...) into k and v, attend to them and to what is there."""
+    from fms.kernels.gpu import attend as kernels
+
+    known = machine(qkv.device)
+    assert known is not None
+    b, kvheads, slots, head_dim = k.shape
+    qkv = qkv.contiguous()
+    group = qkv.shape[-1] // head_dim // kvheads - 2
+    out = qkv.new_empty(b, 1, kvheads * group * head_dim)
+    given = (
+        qkv,
+        k,
+        v,
+        qkv if cos is None else cos,
+        qkv if sin is None else sin,
+        positions,
+        qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm,
+        parts,
+        counts,
+        out,
+        head_dim if cos is not None and cos.shape[0] > 1 else 0,
+        1 if positions.numel() > 1 else 0,
+        float(scale),
+        float(eps),
+    )
+
+    def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
+        padded = 1 if group == 1 else max(16, power(group))
+        return (b * kvheads, splits), {
+            "KV": kvheads,
+            "G": group,
+            "GP": padded,
+            "D": head_dim,
+            "HP": max(16, power(head_dim // 2)),
+            "DP": max(16, power(head_dim)),
+            "SLOTS": slots,
+            "CAPACITY": capacity,
+            "SPLITS": splits,
+            "BLOCK": BLOCK,
+            "FLAT": min(1024, power(group * head_dim)),
+            "ROPE": cos is not None,
+            "NORM": q_norm is not None,
+            "EARLY": known.early,
+            "num_warps": 2 if padded <= 16 else 4,
+        }
+
+    start(
+        kernels.attend,
+        given,
+        sizes,
+        (b, kvheads, group, head_dim, slots, capacity, splits, cos is None, q_norm is None),
+    )
+    return out
+
+
+attend_one = torch.library.custom_op("fms::attend_one", mutates_args=("k", "v", "counts", "parts"))(attend_step)
+
+
+@attend_one.register_fake
+def _(qkv, k, v, positions, counts, parts, cos, sin, q_norm, k_norm, scale, eps, capacity, splits):
+    return qkv.new_empty(qkv.shape[0], 1, qkv.shape[-1] - 2 * k.shape[1] * k.shape[3])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fms.kernels import skinny
 from fms.kernels.norm_linear import norm_linear
 from fms.kernels.weights import Weights
 
@@ -13,6 +14,9 @@ def norm_glu(
 ) -> Tensor:
     """`activation(gate) * up` of a fused projection (gate's rows, then up's), or `activation(up)`: (..., in) to
     (..., hidden)."""
+    kind = skinny.activation_kind(activation)
+    if kind is not None and (y := skinny.apply(x, up, norm, kind, gated)) is not None:
+        return y
     h = norm_linear(x, norm, up)
     if not gated:
         return activation(h)

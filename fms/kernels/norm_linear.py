@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms.kernels import skinny
 from fms.kernels.weights import Weights
 
 
 def norm_linear(x: Tensor, norm: nn.Module | None, linear: Weights) -> Tensor:
     """`linear(norm(x))`, or without a norm `linear(x)`: (..., in) to (..., out)."""
+    if (y := skinny.apply(x, linear, norm)) is not None:
+        return y
     return F.linear(x if norm is None else normalise(x, norm), linear.weight, linear.bias)
 
 

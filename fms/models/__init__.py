@@ -18,11 +18,12 @@ from fms.models import (  # noqa: F401  (they register themselves)
     qwen3,
     roberta,
 )
+from fms.models.compile import check_mode, compile_model
 from fms.models.decoder import Decoder
 from fms.models.freeze import freeze
 from fms.models.registry import build, describe, list_models, list_variants, register_model
 from fms.utils.devices import device_of, dtype_of
-from fms.utils.serialization.checkpoint import Checkpoint, open_checkpoint
+from fms.utils.serialization.checkpoint import Checkpoint, open_checkpoint, read_configuration
 from fms.utils.serialization.errors import CheckpointError, nearest
 from fms.utils.serialization.generation_config import generation_defaults
 from fms.utils.serialization.loading import common_dtype, fill, plan
@@ -30,6 +31,7 @@ from fms.utils.serialization.loading import common_dtype, fill, plan
 __all__ = ["Decoder", "freeze", "get_model", "list_models", "list_variants", "register_model"]
 
 STRATEGIES = ("none", "tp")
+PRETRAINED, CONFIGURED = "hf_pretrained", "hf_configured"
 
 
 def get_model(
@@ -46,6 +48,7 @@ def get_model(
     sequence_parallel: bool = False,
     strict: bool = True,
     check_finite: bool = False,
+    compile: str = "none",
     **overrides: Any,
 ) -> Any:
     """A model that can be trained, with random weights or a checkpoint's. `freeze` makes it the inference form.
@@ -61,8 +64,26 @@ def get_model(
     `sequence_parallel` makes them share out the tokens between sub-layers too), or an object whose `place(model)` is
     called with the model on the meta device. Started by torchrun it is "tp" by itself.
 
+    `compile` is "none", "blocks" or "max", as for `compile_model`.
+
+    The architecture "hf_pretrained" is whatever a Hugging Face directory (as `model_path`) or Hub id (as `variant`)
+    holds; "hf_configured" is the same with random weights, of a directory or Hub id as `variant`.
+
     Raises `ValueError` or `KeyError` for what is not known, naming the nearest choice.
     """
+    check_mode(compile)
+    if architecture in (PRETRAINED, CONFIGURED):
+        if architecture == PRETRAINED and ((variant is None) == (model_path is None) or source is not None):
+            raise ValueError(
+                f"{PRETRAINED} takes either a Hub id as variant or a directory as model_path, and no source"
+            )
+        if architecture == CONFIGURED and (variant is None or model_path is not None):
+            raise ValueError(f"{CONFIGURED} takes a directory or a Hub id as variant, and no model_path")
+        if architecture == PRETRAINED:
+            architecture, variant, model_path = None, None, model_path or variant
+        else:
+            architecture, fields = read_configuration(str(variant))
+            variant, overrides = None, fields | overrides
     strategy, device = _strategy(distributed_strategy, group, tp_plan, sequence_parallel, device_type)
     dtype = dtype_of(data_type)
     if model_path is None:
@@ -77,7 +98,7 @@ def get_model(
         model.to(dtype or torch.get_default_dtype()).to_empty(device=device)
         model.tie_weights()
         model.reset_parameters()
-        return model
+        return compile_model(model, compile)
 
     if architecture is not None:
         list_variants(architecture)
@@ -97,7 +118,7 @@ def get_model(
     fill(model, parts, checkpoint.reader, dtype, device, check_finite)
     model.tie_weights()
     model.generation_defaults = generation_defaults(checkpoint)
-    return model
+    return compile_model(model, compile)
 
 
 def _strategy(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fms.models.compile import compile_model
 from fms.modules.block import Block, EncoderBlock
 from fms.modules.frozen import Frozen, FrozenBlock, FrozenEncoderBlock
 
@@ -22,6 +23,8 @@ def freeze(model: Any) -> Any:
         if model.embedding.weight.is_cuda:
             torch.cuda.empty_cache()  # the parts are too small to make the next whole of: memory would grow by half
     model.tie_weights()
+    if (mode := getattr(model, "compiled", "none")) != "none":
+        compile_model(model, mode)  # the new blocks as the old ones were
     return model.requires_grad_(False).eval()
 
 

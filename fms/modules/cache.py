@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fms.kernels.attend import LayerCache
+from fms.kernels.attend import LayerCache, Scratch, Step, serves_step
 
 
 def visible(positions: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
@@ -42,6 +42,7 @@ class StaticLayer:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.first = self.end = 0
         self.slots: tuple[Tensor, Tensor] | None = None  # rows (b, 1) and their slots (b, n), where rows differ
+        self.step: Step | None = None  # where the pass is of one token a row, and there is a kernel for that
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.slots is None:
@@ -77,27 +78,43 @@ class StaticCache:
         self.lengths: Tensor | None = None  # (b, 1), where rows differ
         self.take: Tensor | None = None  # (b, 1)
         self.span: int | Tensor = max_len
+        self.steady = False  # passes are of one token at `lengths`, and whoever set this moves those on, on the device
+        keys = self.layers[0].k
+        self.scratch = Scratch(keys) if serves_step(keys) else None
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
-        first, end = self.length, self.length + n
+        first, end = (0, self.max_len) if self.steady else (self.length, self.length + n)
         if end > self.max_len:
             raise ValueError(f"{first} tokens in the cache and {n} new ones are more than its max_len={self.max_len}")
         steps = torch.arange(n, device=self.device)
-        slots, mask = None, None
+        slots, mask, step = None, None, None
+        serves = self.scratch is not None and n == 1
         if self.lengths is None:
             positions = (steps + first)[None]
             if first and n > 1:
                 mask = visible(positions, torch.arange(end, device=self.device)[None])
         else:
-            positions = self.lengths + steps
+            positions = self.lengths if n == 1 else self.lengths + steps
             slots = torch.arange(self.batch, device=self.device)[:, None], positions
-            mask = visible(positions, torch.arange(end, device=self.device)[None])
+            if not serves:
+                mask = visible(positions, torch.arange(end, device=self.device)[None])
+        if serves:
+            assert self.scratch is not None
+            step = Step(positions.flatten(), self.max_len, self.scratch, even=self.lengths is None)
         for layer in self.layers:
-            layer.first, layer.end, layer.slots = first, end, slots
+            layer.first, layer.end, layer.slots, layer.step = first, end, slots, step
+        if self.steady:
+            return positions, mask
         if self.lengths is not None or self.take is not None:
             self.lengths = positions[:, :1] + (n if self.take is None else self.take)
         self.length, self.take = end, None
         return positions, mask
+
+    def hold(self, lengths: Sequence[int]) -> None:
+        """Say that rows hold these numbers of tokens, whoever put them there."""
+        self.length, self.steady, self.take = max(lengths), False, None
+        equal = min(lengths) == self.length
+        self.lengths = None if equal else torch.tensor(lengths, device=self.device)[:, None]
 
     def held(self) -> list[int]:
         """How many tokens each row has."""
@@ -108,9 +125,7 @@ class StaticCache:
         held = self.held()
         if len(lengths) != self.batch or any(not 0 <= new <= old for new, old in zip(lengths, held, strict=True)):
             raise ValueError(f"cannot rewind rows of {held} tokens to {list(lengths)}")
-        self.length = max(lengths)
-        equal = min(lengths) == self.length
-        self.lengths = None if equal else torch.tensor(lengths, device=self.device)[:, None]
+        self.hold(lengths)
 
 
 class Recompute:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fms.kernels.attend import Angles, LayerCache, attend_packed
@@ -85,7 +84,7 @@ class Frozen(nn.Module):
         """{linear + residual}, with the sum over ranks between where there are several."""
         if self.comm is None:
             return linear_add(x, linear, residual, scale)
-        y = self.comm.leave(F.linear(x, linear.weight))
+        y = self.comm.leave(norm_linear(x, None, Fused(linear.weight, None)))
         return torch.add(residual, y if linear.bias is None else y + linear.bias, alpha=scale)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:

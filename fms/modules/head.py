@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from fms.kernels.norm_linear import norm_linear
+
 
 class Head(nn.Linear):
     """Logits of hidden states, divided by `scaling`. `head(h)` is over the whole vocabulary, `head.local(h)` over
@@ -12,7 +14,7 @@ class Head(nn.Linear):
         self.scaling = scaling
 
     def local(self, h: Tensor) -> Tensor:
-        logits = super().forward(h)
+        logits = norm_linear(h, None, self)
         return logits if self.scaling == 1 else logits / self.scaling
 
     def forward(self, h: Tensor) -> Tensor:

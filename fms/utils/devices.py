@@ -30,3 +30,10 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise ValueError(f"data_type={name!r} is not known{nearest(str(name), DTYPES)}; known are {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is PyTorch's word, of a GPU or a CPU, that there is not enough memory."""
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )

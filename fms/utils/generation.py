@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor
 
 from fms.modules.cache import StaticCache
+from fms.modules.frozen import Frozen
+from fms.utils.capture import CapturedStep
 from fms.utils.prompts import check_ids, encode_prompt, rows_of
 from fms.utils.sampling import Sampling, Share, choose, penalise
 from fms.utils.serialization.errors import nearest
 from fms.utils.tokenizers import BaseTokenizer
 
 PREFILL_CHUNK = 2048  # tokens a row that go through the model at once
+AHEAD = 2  # captured steps that are queued beyond the one whose tokens the host waits for
+WORTH_CAPTURING = 16  # new tokens; capturing takes about as long as three plain steps
 Tokens = Sequence[int] | Tensor
 BeforeStep = Callable[[int, Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
 AfterStep = Callable[[int, Tensor, Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
@@ -54,6 +59,7 @@ def generate(
     timing: str = "",
     prepare_model_inputs_hook: BeforeStep | None = None,
     post_iteration_hook: AfterStep | None = None,
+    capture: bool | None = None,
     **sampling: Any,
 ) -> Any:
     """Continue `input_ids`, and return what went in with what came out, in the form that it went in.
@@ -69,6 +75,9 @@ def generate(
     gives the same tokens as it would alone, and its text ends before them. `cache` holds what came before and is
     continued: `input_ids` are what it has not seen yet, the last token that came out included. `use_cache=False`
     computes everything anew for each token.
+
+    On a GPU the decode step of a frozen model is captured as a CUDA graph where that can be done and is worth it;
+    `capture=False` launches each kernel by itself, `capture=True` raises `ValueError` where it can't be done.
 
     `timing="per-token"` or `"e2e"` makes it (result, list of seconds). Hooks run around each step:
     `prepare_model_inputs_hook(step, input_ids, kwargs)` returns both of the latter for the model,
@@ -91,6 +100,7 @@ def generate(
         stop=stop,
         before=prepare_model_inputs_hook,
         after=post_iteration_hook,
+        capture=capture,
         **sampling,
     )
     new: list[list[int]] = [[] for _ in prompts]
@@ -163,6 +173,7 @@ class Run:
         stop: str | Sequence[str] = (),
         before: BeforeStep | None = None,
         after: AfterStep | None = None,
+        capture: bool | None = None,
         **sampling: Any,
     ):
         if not getattr(model, "causal", True):
@@ -209,29 +220,35 @@ class Run:
             cache = model.make_cache(len(prompts), min(end, limit), slack=max(end - limit, 0))
             cache.span = self.span
         self.cache = cache
+        obstacle = self._obstacle()
+        if capture and obstacle:
+            raise ValueError(f"capture=True: the decode step can't be captured {obstacle}")
+        self.capture = not obstacle and (capture or (capture is None and self.max_new_tokens >= WORTH_CAPTURING))
+
+    def _obstacle(self) -> str:
+        """Why the decode step can't be captured."""
+        if self.device.type != "cuda":
+            return f"on {self.device.type}: it takes a CUDA device"
+        if type(self.cache) is not StaticCache:
+            return f"with {type(self.cache).__name__ if self.cache else 'no cache'}: it takes a StaticCache"
+        if not all(isinstance(layer, Frozen) for layer in self.model.layers):
+            return "of a model that is not frozen: call freeze(model)"
+        if self.share is not None:
+            return "of a model that several ranks hold"
+        if self.before or self.after:
+            return "with hooks"
+        return "with a repetition penalty" if self.how.repetition_penalty != 1 else ""
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int | None]]:
-        ended = [False] * len(self.prompts)
+        self.ended = ended = [False] * len(self.prompts)
+        self.given = [0] * len(self.prompts)  # new tokens a row
         texts = [self.tokenizer.stream() for _ in self.prompts] if self.stop and self.tokenizer else []
         tails = [""] * len(self.prompts)
-        rows = torch.arange(len(self.prompts), device=self.device)
-        start = torch.tensor(self.first, device=self.device)
-        seen = self._seen()
         began = time.perf_counter()
-        logits, kwargs = self._prefill()
-        for i in range(self.max_new_tokens):
-            if seen is not None:
-                ours = seen if self.share is None else seen[:, self.share.first :][:, : logits.shape[-1]]
-                logits = penalise(logits, ours, self.how.repetition_penalty)
-            tokens, fit = choose(logits, self.how, rows, start + i, self.share)
-            if self.after is not None:
-                changed, kwargs = self.after(max(self.lengths) + i, logits, tokens[:, None], kwargs)
-                tokens = changed.flatten()
-            if seen is not None:
-                seen[rows, tokens] = True
+        for i, (tokens, fit) in enumerate(self._tokens()):
             step: list[int | None] = []
-            for r, (token, good) in enumerate(zip(tokens.tolist(), fit.tolist(), strict=True)):
+            for r, (token, good) in enumerate(zip(tokens, fit, strict=True)):
                 if not good and not ended[r]:
                     raise ValueError(
                         f"row {r}: logits are not finite at new token {i + 1}: look at the weights "
@@ -240,6 +257,7 @@ class Run:
                 step.append(None if ended[r] else token)
                 if ended[r]:
                     continue
+                self.given[r] += 1
                 ended[r] = token in self.eos or i + 1 == self.room[r]
                 if texts:
                     tails[r] += texts[r].put(token)
@@ -251,12 +269,57 @@ class Run:
             else:
                 self.timing.steps.append(now - began)
             yield step
-            if all(ended) or i + 1 == self.max_new_tokens:
+            if all(ended):
                 break
             began = time.perf_counter()
-            if any(ended) and self.cache is not None:
-                self.cache.take = torch.tensor([[int(not end)] for end in ended], device=self.device)
-            logits, kwargs = self._decode(i + 1, tokens[:, None], kwargs, ended)
+
+    def _tokens(self) -> Iterator[tuple[list[int], list[bool]]]:
+        """Of each step the new tokens, and whether their logits were fit for use. Looks at `ended` in between."""
+        rows = torch.arange(len(self.prompts), device=self.device)
+        start = torch.tensor(self.first, device=self.device)
+        seen = self._seen()
+        logits, kwargs = self._prefill()
+        for i in range(self.max_new_tokens):
+            if seen is not None:
+                ours = seen if self.share is None else seen[:, self.share.first :][:, : logits.shape[-1]]
+                logits = penalise(logits, ours, self.how.repetition_penalty)
+            tokens, fit = choose(logits, self.how, rows, start + i, self.share)
+            if self.after is not None:
+                changed, kwargs = self.after(max(self.lengths) + i, logits, tokens[:, None], kwargs)
+                tokens = changed.flatten()
+            if seen is not None:
+                seen[rows, tokens] = True
+            yield tokens.tolist(), fit.tolist()
+            if i + 1 == self.max_new_tokens:
+                return
+            if self.capture:
+                yield from self._captured(tokens)
+                return
+            if any(self.ended) and self.cache is not None:
+                self.cache.take = torch.tensor([[int(not end)] for end in self.ended], device=self.device)
+            logits, kwargs = self._decode(i + 1, tokens[:, None], kwargs, self.ended)
+
+    def _captured(self, tokens: Tensor) -> Iterator[tuple[list[int], list[bool]]]:
+        """What `_tokens` gives, from the second token on: the device runs ahead, the host reads late."""
+        step = CapturedStep(self.model, self.cache, self.how, self.eos)
+        coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        left = self.max_new_tokens - 1
+        try:
+            step.begin(tokens, [first + room for first, room in zip(self.first, self.room, strict=True)])
+            while left or coming:
+                while left and len(coming) <= AHEAD:
+                    step.replay()
+                    host, there = torch.empty(len(tokens), dtype=torch.long, pin_memory=True), torch.cuda.Event()
+                    host.copy_(step.tokens, non_blocking=True)
+                    there.record()
+                    coming.append((host, there))
+                    left -= 1
+                host, there = coming.popleft()
+                there.synchronize()
+                new = host.tolist()
+                yield new, [token >= 0 for token in new]
+        finally:
+            step.finish([first + given - 1 for first, given in zip(self.first, self.given, strict=True)])
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of a row's new tokens, without the token or the string that ended it."""

@@ -1,5 +1,6 @@
 """The next token of each row, on the logits' device. A row draws the same tokens alone, in a batch, or on shards."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ def choose(
         before = probabilities.cumsum(-1) - probabilities
         logits = logits.masked_fill(before >= how.top_p, float("-inf"))
     if how.min_p:
-        floor = best + torch.tensor(how.min_p, device=logits.device).log()
+        floor = best + math.log(how.min_p)
         logits = logits.masked_fill(logits < floor, float("-inf"))
     noisy = logits + gumbel(how.seed + rows[:, None], positions[:, None], ids)
     return _winners(noisy, ids, share)[1][:, 0], best[:, 0].isfinite()

@@ -1,0 +1,1 @@
+"""Triton kernels of the operations for few rows; imported when the first of them is launched, for Triton is slow to."""

@@ -1,0 +1,263 @@
+"""A linear layer of few rows and what is around it: whether the kernels serve it, which of their forms, the launch."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fms.kernels.weights import Weights
+
+ROWS = 32  # the most that the kernels take; from there on cuBLAS is as fast
+HALF = (torch.float16, torch.bfloat16)
+FUNCTIONS: list[Any] = [lambda x: x, F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu]
+
+
+class Machine(NamedTuple):
+    multiprocessors: int
+    early: bool  # kernels may be launched before the one they depend on has ended
+
+
+def machine(device: torch.device) -> Machine | None:
+    """What there is to launch on, or `None` where the kernels can't run."""
+    known = _machines.get(device)
+    if known is None and device not in _machines:
+        known = _machines[device] = _look(device)
+    return known
+
+
+_machines: dict[torch.device, Machine | None] = {}
+
+
+def _look(device: torch.device) -> Machine | None:
+    from importlib.util import find_spec
+
+    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:  # no bf16
+        return None
+    return Machine(properties.multi_processor_count, properties.major >= 9)
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether `launch` takes rows x (..., in) and a weight (out, in)."""
+    return (
+        x.is_cuda
+        and x.dtype in HALF
+        and weight.dtype == x.dtype
+        and type(weight) in (Tensor, nn.Parameter)
+        and 0 < x.numel() <= ROWS * x.shape[-1]
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and (torch.compiler.is_compiling() or machine(x.device) is not None)  # else `few_rows` asks, when it runs
+    )
+
+
+def norm_kind(norm: nn.Module | None) -> int | None:
+    """0: none, 1: RMSNorm, 2: LayerNorm, as the kernels number them; `None`: another, which they don't know."""
+    if norm is None:
+        return 0
+    if isinstance(norm, nn.RMSNorm) and norm.weight is not None:
+        return 1
+    return 2 if isinstance(norm, nn.LayerNorm) and norm.bias is not None else None
+
+
+def epsilon(norm: Any) -> float:
+    return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+
+
+def activation_kind(function: Any) -> int | None:
+    """A place in `FUNCTIONS`; `None`: another, which the kernels don't know."""
+    if isinstance(function, partial):
+        return 3 if function.func is F.gelu and function.keywords == {"approximate": "tanh"} else None
+    return 1 if function is F.silu else 2 if function is F.gelu else 4 if function is F.relu else None
+
+
+def apply(
+    x: Tensor,
+    linear: Weights,
+    norm: nn.Module | None = None,
+    activation: int = 0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor | None:
+    """What `few_rows` gives, launched at once or, for a compiler, as one operation; `None` if this is not served."""
+    if not serves(x, linear.weight) or (kind := norm_kind(norm)) is None:
+        return None
+    weight: Any
+    bias: Any
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, epsilon(norm))
+    bias = norm.bias if norm is not None and kind == 2 else None
+    given = (x, linear.weight, linear.bias, kind, weight, bias, eps, activation, gated, residual, scale)
+    return few_rows(*given) if torch.compiler.is_compiling() else launch(*given)
+
+
+class Choice(NamedTuple):
+    """A kernel's name, what it is compiled for, and its warps."""
+
+    form: str
+    sizes: dict[str, int]
+    warps: int
+
+
+def power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@cache
+def choose(rows: int, n: int, k: int, norm: int, gated: bool, processors: int) -> Choice | None:
+    """What measured best on an H200 (benchmarks/notes.md); `None` where the norm must be applied before."""
+    if rows > 2:
+        m = max(16, power(rows))
+        wide = {"M": m, "BN": 32, "BK": 128 if gated else 256, "STAGES": 5 if m == 16 or not gated else 3}
+        return None if norm else Choice("tile", wide, 4 if m == 32 and not gated else 2)
+    if k == power(k) <= 8192 or k < 2048:
+        large = n * (1 + gated) * k > 200 << 20
+        if gated:
+            bn, per, stages = (2, 2, 3) if large else (1, 4, 3)
+        else:
+            bn, per, stages = (2, 4, 3) if large else (2, 8 if n > 8192 else 4, 1)
+        sizes = {"KP": power(k), "BN": bn, "GRID": processors * per, "STAGES": stages}
+        return Choice("stream", sizes, 8 if large and not gated else 4)
+    if norm and k <= 8192:
+        return Choice("stream", {"KP": power(k), "BN": 1, "GRID": processors * 8, "STAGES": 3}, 4)
+    if norm == 2:
+        return None
+    if k > 12_000 and not gated:
+        return Choice("walk", {"BK": 2048, "BN": 4}, 4)
+    return Choice("walk", {"BK": 1024, "BN": 2 if gated or k < 8192 else 8}, 4)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    activation: int = 0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    choice: Choice | None = None,
+) -> Tensor:
+    """`residual + scale * act(norm(x) @ weight.T + bias)`; gated, `act(gate) * up`: x (..., in) to (..., out)."""
+    from fms.kernels.gpu import linear as kernels
+
+    m = machine(x.device)
+    assert m is not None
+    n, k = weight.shape
+    n //= 1 + gated
+    x = x.contiguous()
+    rows = x.numel() // k
+    y = x.new_empty(*x.shape[:-1], n)
+    key = (power(rows), n, k, norm, activation, gated, bias is None, residual is None, choice and str(choice))
+    made = choice or choose(rows, n, k, norm, gated, m.multiprocessors)
+    if made is None:
+        assert norm_weight is not None
+        x, norm = normalise(x, norm, norm_weight, norm_bias, eps), 0
+        made = choose(rows, n, k, 0, gated, m.multiprocessors)
+        assert made is not None
+    form, numbers, warps = made
+    tensors = (weight, x if bias is None else bias, x if residual is None else residual.contiguous(), y)
+    norms = (x if norm_weight is None else norm_weight, x if norm_bias is None else norm_bias)
+    given = (x, *tensors, rows, float(scale)) if form == "tile" else (x, *norms, *tensors, float(eps), float(scale))
+
+    def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
+        programs = -(-n // numbers["BN"])
+        found: dict[str, Any] = {"N": n, "K": k, **numbers, "ACT": activation, "GLU": gated, "BIAS": bias is not None}
+        found |= {"ADD": residual is not None, "EARLY": m.early, "num_warps": warps}
+        if form == "stream":
+            programs = min(programs, numbers["GRID"])
+            found["GRID"] = programs
+        if form != "tile":
+            found |= {"ROWS": rows, "NORM": norm}
+        return (programs,), found
+
+    start(getattr(kernels, form), given, sizes, key)
+    return y
+
+
+_started: dict[Any, Any] = {}
+
+
+Sizes = tuple[tuple[int, ...], dict[str, Any]]  # a grid, and what a kernel is compiled for
+
+
+def start(kernel: Any, given: tuple[Any, ...], sizes: Callable[[], Sizes], key: Any) -> None:
+    """Launch a kernel on what is `given`, by hand from the second time on: Triton's own look for what it has compiled
+    takes longer than most of these kernels run. `key` stands for all that `sizes` depends on."""
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    device = tensors[0].device
+    if device.index is not None and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return start(kernel, given, sizes, key)
+    key = kernel, key, device, *[(t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+    found = _started.get(key)
+    if found is not None:
+        run, constants = found
+        return run(*given, *constants)
+    grid, named = sizes()
+    if named["EARLY"]:
+        named["launch_pdl"] = True
+    compiled = kernel[grid](*given, **named)
+    if compiled is not None:  # the interpreter compiles nothing
+        constants = [named[name] for name in kernel.arg_names[len(given) :]]
+        _started[key] = compiled[(*grid, 1, 1)[:3]], constants
+
+
+def normalise(x: Tensor, norm: int, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    if norm == 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    activation: int = 0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """What `launch` computes, in plain operations."""
+    if norm_weight is not None:
+        x = normalise(x, norm, norm_weight, norm_bias, eps)
+    y = F.linear(x, weight, bias)
+    gate, up = y.chunk(2, -1) if gated else (y, None)
+    y = FUNCTIONS[activation](gate)
+    y = y if up is None else y * up
+    return y if residual is None else torch.add(residual, y, alpha=scale)
+
+
+@torch.library.custom_op("fms::few_rows", mutates_args=())
+def few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: int,
+    gated: bool,
+    residual: Tensor | None,
+    scale: float,
+) -> Tensor:
+    run = reference if machine(x.device) is None else launch
+    return run(x, weight, bias, norm, norm_weight, norm_bias, eps, activation, gated, residual, scale)
+
+
+@few_rows.register_fake
+def _(x, weight, bias, norm, norm_weight, norm_bias, eps, activation, gated, residual, scale):
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // (1 + gated))

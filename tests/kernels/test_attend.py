@@ -1,0 +1,117 @@
+"""One new token over a cache: the kernel against fp32 attention, every ratio of heads, odd widths, rings."""
+
+import os
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fms.kernels import skinny
+from fms.kernels.attend import BLOCK, Scratch, Step, attend_packed, rotate
+from fms.kernels.skinny import Machine
+from fms.modules.positions import Rope
+
+
+def far(got: Tensor, want: Tensor) -> float:
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+def check(
+    kvheads: int,
+    group: int,
+    d: int,
+    places: list[int],
+    slots: int,
+    *,
+    capacity: int | None = None,
+    rope: bool = True,
+    normed: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    device: Any = "cuda",
+) -> None:
+    """Rows that hold `places` tokens get one more; slots that hold none are poisoned."""
+    b, capacity = len(places), capacity or slots
+    k, v = (torch.randn(b, kvheads, slots, d, device=device).to(dtype) for _ in "kv")
+    for row, place in enumerate(places):
+        k[row, :, min(place, capacity) :] = float("nan")
+        v[row, :, min(place, capacity) :] = float("nan")
+    before = k.clone(), v.clone()
+    qkv = torch.randn(b, 1, (group + 2) * kvheads * d, device=device).to(dtype)
+    same = len(set(places)) == 1
+    positions = torch.tensor(places[:1] if same else places, device=device)
+    angles = Rope(d)(positions[:, None], slots) if rope else None
+    norms = None
+    if normed:
+        norms = tuple(nn.RMSNorm(d, eps=1e-6, device=device, dtype=dtype) for _ in "qk")
+        for norm in norms:
+            norm.weight.data.normal_(1, 0.3)
+    step = Step(positions, capacity, Scratch(k), even=False)
+    layer: Any = SimpleNamespace(k=k, v=v, step=step)
+    got = attend_packed(qkv, kvheads, d, angles, None, layer, 0.2, norms=norms)
+    assert (step.scratch.counts == 0).all()
+
+    heads = qkv.float().view(b, 1, -1, d)
+    q, new, nv = heads.split((group * kvheads, kvheads, kvheads), 2)
+    if norms is not None:
+        q, new = norms[0].float()(q), norms[1].float()(new)
+    if angles is not None:
+        q, new = rotate(q, angles), rotate(new, angles)
+    want = []
+    for row, place in enumerate(places):
+        slot = place % capacity
+        held = [s for s in range(min(place, capacity)) if s != slot]
+        kk = torch.cat((before[0][row, :, held].float(), new[row].transpose(0, 1)), 1)
+        vv = torch.cat((before[1][row, :, held].float(), nv[row].transpose(0, 1)), 1)
+        one = F.scaled_dot_product_attention(q[row].transpose(0, 1), kk, vv, scale=0.2, enable_gqa=True)
+        want.append(one.flatten())
+        assert far(k[row, :, slot], new[row, 0]) < 6e-3
+        assert torch.equal(v[row, :, slot], nv[row, 0].to(dtype))
+        rest = [s for s in range(slots) if s != slot]
+        assert torch.equal(k[row, :, rest].nan_to_num(7), before[0][row, :, rest].nan_to_num(7))
+    assert far(got[:, 0], torch.stack(want)) < 1e-2, (kvheads, group, d, places)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
+@pytest.mark.parametrize(("kvheads", "group", "d"), [(2, 1, 16), (1, 5, 24), (2, 4, 10)])
+@torch.no_grad()
+def test_interpreted(kvheads: int, group: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET=1 is not set")
+    monkeypatch.setitem(skinny._machines, torch.device("cpu"), Machine(6, False))
+    for normed, rope in ((False, True), (True, True), (False, False)):
+        check(kvheads, group, d, [0, 3, 150], 200, normed=normed, rope=rope, dtype=torch.float16, device="cpu")
+    check(kvheads, group, d, [64, 64], 130, dtype=torch.float16, device="cpu")
+    check(kvheads, group, d, [2, 90, 170], 91, capacity=90, dtype=torch.float16, device="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_against_fp32(dtype: torch.dtype) -> None:
+    shapes = [(32, 1, 128), (8, 4, 128), (1, 48, 128), (2, 12, 48), (1, 5, 96), (2, 8, 256), (3, 3, 10)]
+    if dtype == torch.float16:
+        shapes = shapes[1:4]
+    for (kvheads, group, d), places in product(shapes, ([512, 512], [0, 1, 63, 64, 65, 700], [999])):
+        check(kvheads, group, d, places, 1000, dtype=dtype)
+    for shape in shapes[:2]:
+        check(*shape, [0, 5, 640], 1024, normed=True, dtype=dtype)
+        check(*shape, [0, 5, 640], 1024, rope=False, dtype=dtype)
+        check(*shape, [3, 299, 300, 301, 1000], 301, capacity=300, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kvheads", "group"), [(32, 1), (8, 4), (1, 48)])
+@torch.no_grad()
+def test_a_thousand_runs_agree(kvheads: int, group: int) -> None:
+    k, v = (torch.randn(2, kvheads, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    step = Step(torch.tensor([2000, BLOCK + 1], device="cuda"), 2048, Scratch(k), even=False)
+    qkv = torch.randn(2, 1, (group + 2) * kvheads * 128, device="cuda", dtype=torch.bfloat16)
+    layer: Any = SimpleNamespace(k=k, v=v, step=step)
+    once = attend_packed(qkv, kvheads, 128, None, None, layer)
+    for _ in range(1000):
+        assert torch.equal(attend_packed(qkv, kvheads, 128, None, None, layer), once)

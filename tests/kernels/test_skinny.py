@@ -1,0 +1,162 @@
+"""Linear layers of few rows: the kernels against fp32, every form, odd sizes, poisoned outputs, again and again."""
+
+import os
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fms.kernels import skinny
+from fms.kernels.skinny import (
+    FUNCTIONS,
+    Choice,
+    Machine,
+    activation_kind,
+    choose,
+    launch,
+    norm_kind,
+    reference,
+    serves,
+)
+from fms.modules.feedforward import ACTIVATIONS
+
+STREAM = Choice("stream", {"KP": 128, "BN": 2, "GRID": 3, "STAGES": 2}, 4)
+WALK = Choice("walk", {"BK": 64, "BN": 4}, 4)
+TILE = Choice("tile", {"BK": 64, "BN": 16, "STAGES": 3, "M": 16}, 2)
+KINDS = (None, nn.RMSNorm, nn.LayerNorm)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A CPU on which Triton's interpreter runs the kernels."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET=1 is not set")
+    device = torch.device("cpu")
+    monkeypatch.setitem(skinny._machines, device, Machine(4, False))
+    return device
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, device: Any = None) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def case(
+    rows: int, n: int, k: int, kind: type | None, *, bias: bool, add: bool, gated: bool, act: int, **where: Any
+) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of `launch`, and what it must give, computed in fp32."""
+    x = random(rows, k, **where) * 2 + 0.5
+    w = random(n * (1 + gated), k, **where) * k**-0.5
+    given: dict[str, Any] = {"x": x, "weight": w, "gated": gated, "activation": act}
+    h = x.float()
+    if kind is not None:
+        norm = kind(k, eps=1e-5, **where)
+        with torch.no_grad():
+            for p in norm.parameters():
+                p.normal_(1.0, 0.3)
+        given |= {"norm": norm_kind(norm), "norm_weight": norm.weight.clone(), "eps": 1e-5}
+        given["norm_bias"] = norm.bias.clone() if kind is nn.LayerNorm else None
+        h = norm.float()(h)
+    b = random(len(w), **where) if bias else None
+    y = F.linear(h, w.float(), None if b is None else b.float())
+    function = FUNCTIONS[act]
+    y = function(y[:, :n]) * y[:, n:] if gated else function(y)
+    if add:
+        given |= {"residual": random(rows, n, **where), "scale": 0.7}
+        y = given["residual"].float() + 0.7 * y
+    return given | {"bias": b}, y
+
+
+def far(got: Tensor, want: Tensor) -> float:
+    return ((got.float() - want).norm() / want.norm()).item()
+
+
+def forms(rows: int, kind: type | None) -> list[Choice]:
+    tile = TILE._replace(sizes=TILE.sizes | {"M": 32 if rows > 16 else 16})
+    if rows > 2:
+        return [] if kind is not None else [tile]
+    return {None: [STREAM, WALK, tile], nn.RMSNorm: [STREAM, WALK], nn.LayerNorm: [STREAM]}[kind]
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 21, 100), (2, 33, 128), (3, 17, 70), (17, 40, 128)])
+@torch.no_grad()
+def test_interpreted(kind: type | None, rows: int, n: int, k: int, interpreted: torch.device) -> None:
+    for gated, (act, bias, add) in product((False, True), ((0, False, True), (1, True, False), (3, True, True))):
+        how = {"bias": bias, "add": add, "gated": gated, "act": act, "dtype": torch.float16, "device": interpreted}
+        given, want = case(rows, n, k, kind, **how)
+        for choice in [*forms(rows, kind), None]:
+            assert far(launch(**given, choice=choice), want) < 3e-3, (how, choice)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_reference(kind: type | None) -> None:
+    for gated, act in product((False, True), range(5)):
+        how = {"bias": act % 2 == 0, "add": act > 1, "gated": gated, "act": act, "dtype": torch.float32}
+        given, want = case(3, 17, 40, kind, **how)
+        torch.testing.assert_close(reference(**given), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 17, 32])
+@torch.no_grad()
+def test_against_fp32(rows: int, dtype: torch.dtype) -> None:
+    options = [(None, False, 0, False, True), (nn.RMSNorm, True, 1, False, False), (nn.LayerNorm, False, 3, True, True)]
+    options += [(nn.RMSNorm, False, 2, True, False), (nn.LayerNorm, True, 4, False, True)]
+    for (n, k), (kind, gated, act, bias, add) in product([(256, 512), (333, 1000), (77, 9000)], options):
+        how = {"bias": bias, "add": add, "gated": gated, "act": act, "dtype": dtype, "device": "cuda"}
+        given, want = case(rows, n, k, kind, **how)
+        poison = torch.full_like(want, float("nan"))  # the allocator hands it out again
+        del poison
+        assert far(launch(**given), want) < 6e-3, (n, k, how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 8])
+@torch.no_grad()
+def test_a_thousand_runs_agree(rows: int) -> None:
+    """In chains, where each kernel is launched before the one ahead has ended."""
+    how = {"dtype": torch.bfloat16, "device": "cuda", "bias": False}
+    first, _ = case(rows, 512, 512, nn.RMSNorm, gated=True, act=1, add=False, **how)
+    second, _ = case(rows, 512, 512, None, gated=False, act=0, add=True, **how)
+
+    def chain() -> Tensor:
+        h = second["residual"]
+        for _ in range(8):
+            h = launch(**(second | {"x": launch(**(first | {"x": h})), "residual": h}))
+        return h
+
+    once = chain()
+    assert once.isfinite().all()
+    for _ in range(1000):
+        assert torch.equal(chain(), once)
+
+
+def test_what_is_served() -> None:
+    x, w = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(4, 8, dtype=torch.bfloat16)
+    assert not serves(x, w)  # on a CPU
+    assert [activation_kind(ACTIVATIONS[name]) for name in ("silu", "gelu", "gelu_tanh", "relu")] == [1, 2, 3, 4]
+    assert activation_kind(torch.tanh) is None
+    assert norm_kind(None) == 0
+    assert norm_kind(nn.RMSNorm(4)) == 1
+    assert norm_kind(nn.LayerNorm(4)) == 2
+    assert norm_kind(nn.LayerNorm(4, bias=False)) is None
+    assert norm_kind(nn.RMSNorm(4, elementwise_affine=False)) is None
+
+
+@pytest.mark.parametrize("rows", range(1, 33))
+def test_every_shape_has_a_choice(rows: int) -> None:
+    for n, k, norm, gated in product((5, 4096, 128_256), (7, 3000, 4096, 5120, 14_336), (0, 1, 2), (False, True)):
+        choice = choose(rows, n, k, norm, gated, 132)
+        if choice is None:
+            assert norm
+            continue
+        assert choice.form == "tile" or rows <= 2
+        assert choice.sizes.get("KP", k) >= k
+        assert choice.sizes.get("M", rows) >= rows

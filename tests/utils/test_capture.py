@@ -1,0 +1,187 @@
+"""The captured decode step gives what plain steps give: tokens, what ends a row, caches, streams, errors."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fms.models import Decoder, freeze, get_model
+from fms.utils.capture import CapturedStep
+from fms.utils.generation import Run, generate, stream
+from fms.utils.sampling import Sampling
+from fms.utils.tokenizers import get_tokenizer
+from tests.small import SHAPE, small_granite, small_model
+
+CHARS = get_tokenizer("char_tokenizer")
+PROMPTS = [[1, 5, 9, 2, 4, 4, 11, 3, 19, 18, 2, 2, 8, 15, 1, 1, 10, 16, 5, 4], [20, 3], [8], [6, 6, 6, 1, 17]]
+MODELS: dict[str, Any] = {
+    "llama": small_model,
+    "granite": lambda: small_granite(attn_bias=True, mlp_bias=True),
+    "gpt_bigcode": lambda: bigcode(),
+    "qwen3": lambda: small_model("qwen3", "0.6b"),
+    "mixtral": lambda: small_model("mixtral", "8x7b", num_experts=4, top_k_experts=2),
+    "dynamic": lambda: small_model(rope_scaling={"kind": "dynamic", "factor": 4.0, "original_max_len": 8}),
+}
+HOW: dict[str, Any] = {
+    "greedy": {},
+    "sampled": {"temperature": 3.0, "seed": 11},
+    "filtered": {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01},
+}
+gpu = pytest.mark.gpu
+
+
+def bigcode() -> Decoder:
+    sizes = {name: value for name, value in SHAPE.items() if name != "rope_theta"} | {"kvheads": 1}
+    model = get_model("gpt_bigcode", "micro", **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.4)
+    return model.eval()
+
+
+def on_gpu(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    return freeze(MODELS[name]().to("cuda", dtype))
+
+
+def rows_of(result: Any) -> list[list[int]]:
+    return [row.tolist() for row in result]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_same_tokens(name: str, dtype: torch.dtype) -> None:
+    model = on_gpu(name, dtype)
+    for how in HOW.values():
+        for ends in ({}, {"eos_token_id": [0, 7, 12, 21]}):
+            options = {"max_new_tokens": 24, **how, **ends}
+            plain = rows_of(generate(model, PROMPTS, capture=False, **options))
+            assert rows_of(generate(model, PROMPTS, capture=True, **options)) == plain
+            alone = rows_of(generate(model, PROMPTS[:1], capture=False, **options))
+            assert rows_of(generate(model, PROMPTS[:1], capture=True, **options)) == alone
+
+
+@gpu
+def test_kernels_and_plain_operations_agree() -> None:
+    """Logits of decode steps in bf16 against those of fp32: no farther than where no kernel of ours took part."""
+    ids, new = torch.randint(24, (3, 9), device="cuda"), torch.randint(24, (3, 6), device="cuda")
+    for name in MODELS:
+        exact, model = MODELS[name]().to("cuda").bfloat16().float(), on_gpu(name, torch.bfloat16)
+        with torch.no_grad():
+            want = exact(torch.cat((ids, new), 1))[:, 9:]
+            one_pass = model(torch.cat((ids, new), 1))[:, 9:].float()
+            cache = model.make_cache(3, 15)
+            model(ids, cache=cache)
+            steps = torch.cat([model(token[:, None], cache=cache) for token in new.T], 1).float()
+        noise = (one_pass - want).norm() / want.norm()
+        assert (steps - want).norm() / want.norm() < 2 * noise + 1e-2, name
+
+
+@gpu
+def test_rows_have_room_of_their_own() -> None:
+    model = on_gpu("llama")
+    prompts = [[1] * 24, [2, 3], [4] * 47, [5] * 40]
+    options = {"max_seq_len": 48, "max_new_tokens": 20}
+    plain = rows_of(generate(model, prompts, capture=False, **options))
+    assert rows_of(generate(model, prompts, capture=True, **options)) == plain
+    assert [len(row) for row in plain] == [44, 22, 48, 48]
+
+
+@gpu
+def test_a_cache_is_continued() -> None:
+    model = on_gpu("llama")
+    ends = {"max_new_tokens": 18, "eos_token_id": [0, 7, 12, 21], **HOW["sampled"]}
+    results = []
+    for capture in (False, True):
+        cache = model.make_cache(4, 48)
+        first = rows_of(generate(model, PROMPTS, cache=cache, capture=capture, **ends))
+        held = cache.held()
+        assert held == [len(row) - 1 for row in first]
+        new = [[row[-1], i + 2] for i, row in enumerate(first)]
+        results.append((first, held, rows_of(generate(model, new, cache=cache, capture=capture, **ends))))
+    assert results[0] == results[1]
+
+
+@gpu
+def test_stop_strings_and_streams() -> None:
+    model = freeze(small_model(src_vocab_size=256, emb_dim=24).to("cuda"))
+    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": [], "temperature": 1.5}
+    whole = generate(model, "Hello", tokenizer=CHARS, capture=False, **options)
+    assert generate(model, "Hello", tokenizer=CHARS, capture=True, **options) == whole
+    for stop in (whole[3:5], whole[12:14], whole[20]):
+        text = whole[: whole.index(stop)]
+        assert generate(model, "Hello", tokenizer=CHARS, stop=stop, capture=True, **options) == text
+        cache = model.make_cache(1, 48)
+        assert "".join(stream(model, "Hello", CHARS, stop=stop, capture=True, cache=cache, **options)) == text
+        again = model.make_cache(1, 48)
+        assert "".join(stream(model, "Hello", CHARS, stop=stop, capture=False, cache=again, **options)) == text
+        assert cache.held() == again.held()
+
+
+@gpu
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    model = on_gpu("llama")
+    tokens = generate(model, PROMPTS[:1], max_new_tokens=20, capture=False)[0].tolist()
+    with torch.no_grad():
+        model.embedding.weight[tokens[len(PROMPTS[0]) + 3], 3] = float("nan")
+    for capture in (False, True):
+        with pytest.raises(ValueError, match="row 0: logits are not finite at new token"):
+            generate(model, PROMPTS[:1], max_new_tokens=20, capture=capture)
+
+
+@gpu
+def test_a_compiled_model_is_captured() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = on_gpu("llama", dtype)
+        plain = rows_of(generate(model, PROMPTS, max_new_tokens=20, capture=False))
+        compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert rows_of(generate(compiled, PROMPTS, max_new_tokens=20, capture=False)) == plain
+        assert rows_of(generate(compiled, PROMPTS, max_new_tokens=20, capture=True)) == plain
+
+
+@gpu
+def test_a_graph_serves_again() -> None:
+    model = on_gpu("llama")
+    cache = model.make_cache(2, 48)
+    step = CapturedStep(model, cache)
+    want = generate(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), max_new_tokens=6, capture=False).cuda()
+    graphs = []
+    for _ in range(2):
+        cache.hold([0, 0])
+        first = model(want[:, :3], cache=cache, last_n_tokens=1)[:, -1].argmax(-1)
+        step.begin(first, [9, 9])
+        graphs.append(step.graph)
+        got = [first.clone()]
+        for _ in range(5):
+            step.replay()
+            got.append(step.tokens.clone())
+        assert torch.equal(torch.stack(got, 1), want[:, 3:])
+        step.finish([8, 8])
+        assert cache.held() == [8, 8]
+    assert graphs[0] is graphs[1]
+
+
+def test_where_it_cannot_be_done() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match="can't be captured on cpu: it takes a CUDA device"):
+        generate(model, [[1, 2]], max_new_tokens=2, capture=True)
+    assert not Run(model, [torch.tensor([1, 2])]).capture
+    with pytest.raises(ValueError, match="a repetition penalty is not part of the captured step"):
+        CapturedStep(model, model.make_cache(1, 8), Sampling(repetition_penalty=2.0))
+
+
+@gpu
+def test_what_stands_in_the_way_is_named() -> None:
+    model = small_model().to("cuda")
+    obstacles: dict[str, dict[str, Any]] = {
+        "not frozen": {},
+        "no cache": {"use_cache": False},
+        "hooks": {"post_iteration_hook": lambda n, logits, tokens, kwargs: (tokens, kwargs)},
+        "a repetition penalty": {"repetition_penalty": 1.3},
+    }
+    for word, options in obstacles.items():
+        with pytest.raises(ValueError, match=word):
+            generate(model, [[1, 2]], max_new_tokens=20, capture=True, **options)
+        generate(model, [[1, 2]], max_new_tokens=20, **options)
+        freeze(model)
