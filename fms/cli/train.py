@@ -93,11 +93,8 @@ def train(config: "TrainConfig") -> int:
 
     from fms.distributed.launch import launch
     from fms.distributed.mesh import data_place
-    from fms.models.compile import compile_model
     from fms.training.loop import Trainer
-    from fms.training.lora import add_lora
-    from fms.training.objective import LMLoss
-    from fms.training.parallel import mesh_for, recompute, share_out
+    from fms.training.parallel import mesh_for
 
     device = launch(config.device_type, config.timeout)
     mesh = mesh_for(config, device)
@@ -106,19 +103,28 @@ def train(config: "TrainConfig") -> int:
     data, held_out = find_data(config, tokenizer, place)
 
     torch.manual_seed(config.seed)
+    root = find_root(config, device, mesh, tokenizer)
+    prepare = masking(config, tokenizer) if config.objective == "masked" else None
+    sample = sampler(config, tokenizer) if config.sample_steps else None
+    code = Trainer(root, data, config, device, mesh, place, held_out, prepare, sample).run()
+    if not code and config.export != "none":
+        export(root.model, config, tokenizer)
+    return code
+
+
+def find_root(config: "TrainConfig", device: Any, mesh: Any, tokenizer: Any) -> Any:
+    """The model with its loss, ready to be trained: each technique in its turn (docs/architecture.md says why so)."""
+    from fms.models.compile import compile_model
+    from fms.training.lora import add_lora
+    from fms.training.objective import LMLoss
+    from fms.training.parallel import recompute, share_out
+
     model = find_model(config, device, mesh, tokenizer)
     if config.lora:
         add_lora(model, config.lora, config.lora_alpha, config.lora_targets.split(","))
     recompute(model, config.activation_checkpointing)
     compile_model(model, config.compile)
-    root = share_out(LMLoss(model, config.objective), config, mesh)
-
-    prepare = masking(config, tokenizer) if config.objective == "masked" else None
-    sample = sampler(config, tokenizer) if config.sample_steps else None
-    code = Trainer(root, data, config, device, mesh, place, held_out, prepare, sample).run()
-    if not code and config.export != "none":
-        export(model, config, tokenizer)
-    return code
+    return share_out(LMLoss(model, config.objective), config, mesh)
 
 
 def find_tokenizer(config: "TrainConfig") -> Any:

@@ -1,6 +1,6 @@
 """Cross-entropy straight from hidden states: the logits of a batch are never there all at once."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,12 +8,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fms.kernels.cross_entropy import slope_, tally
 from fms.training.loss import IGNORED
 
-ELEMENTS = 1 << 27  # of the logits that are there at one time: half a gigabyte in fp32
+ELEMENTS = 1 << 27  # of the logits that are there at one time on a CPU: half a gigabyte in fp32
+ON_GPU = 1 << 30  # and on a GPU: two in bf16, which keep its products large
 
 
-def head_loss(h: Tensor, head: Any, labels: Tensor, elements: int = ELEMENTS) -> Tensor:
+def head_loss(h: Tensor, head: Any, labels: Tensor, elements: int | None = None) -> Tensor:
     """The sum, in fp32 at least, of the cross-entropy of `head(h)` against the labels (b, s) that are not `IGNORED`.
 
     h (b, s, emb_dim) are a model's states, `head` its projection to the vocabulary, which may be this rank's share of
@@ -23,6 +25,7 @@ def head_loss(h: Tensor, head: Any, labels: Tensor, elements: int = ELEMENTS) ->
     if not hasattr(head, "scaling") or hasattr(head, "base_layer"):
         logits = head(h).flatten(0, 1)
         return F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    elements = elements or (ON_GPU if h.is_cuda else ELEMENTS)
     comm = getattr(head, "comm", None)
     h = h if comm is None else comm.same(h)
     return _HeadLoss.apply(h.flatten(0, 1), head.weight, head.bias, labels.flatten(), head, elements)
@@ -40,48 +43,40 @@ class _HeadLoss(torch.autograd.Function):
         comm = getattr(head, "comm", None)
         first = 0 if comm is None else head.shards["weight"][0].start
         rows = max(1, elements // max(len(weight), 1))
-        local = labels - first
-        here = (local >= 0) & (local < len(weight)) & (labels != IGNORED)
-        local = local.masked_fill(~here, 0)
+        counted = labels != IGNORED
+        here = (labels >= first) & (labels < first + len(weight)) & counted
+        local = (labels - first).masked_fill(~here, -1)
+        factor = 1 / head.scaling
+        parts = [slice(start, min(start + rows, len(h))) for start in range(0, len(h), rows)]
 
         def logits(part: slice) -> Tensor:
-            return F.linear(h[part], weight, bias).to(wide) / head.scaling
+            return F.linear(h[part], weight, bias)
 
-        def target(scores: Tensor, part: slice) -> Tensor:
-            if not len(weight):  # more ranks than rows
-                return scores.new_zeros(len(scores))
-            return scores.gather(1, local[part, None])[:, 0].masked_fill(~here[part], 0)
-
-        parts = [slice(start, min(start + rows, len(h))) for start in range(0, len(h), rows)]
-        found = None if comm is None else _over_ranks(logits, target, parts, comm)
-        counted = labels != IGNORED
+        found = None if comm is None else _over_ranks((tally(logits(p), local[p], factor) for p in parts), comm)
         need_h, need_weight, need_bias = ctx.needs_input_grad[:3]
         dh = torch.empty_like(h) if need_h else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
         total = h.new_zeros((), dtype=wide)
         for part in parts:
+            scores = None
             if found is None:
                 scores = logits(part)
-                log_sum, right = scores.logsumexp(1), target(scores, part)
+                top, sums, right = tally(scores, local[part], factor)
+                log_sum = sums.log() + top
             else:
                 log_sum, right = (values[part] for values in found)
             total += (log_sum - right).masked_fill(~counted[part], 0).sum()
             if not (need_h or need_weight or need_bias):
                 continue
-            if found is not None:
-                scores = logits(part)
-            slope = scores.sub_(log_sum[:, None]).exp_()  # the softmax, then its difference from the label
-            if len(weight):
-                slope.scatter_add_(1, local[part, None], -here[part, None].to(wide))
-            slope = slope.masked_fill_(~counted[part, None], 0).div_(head.scaling)
+            log_sum = log_sum.masked_fill(~counted[part], torch.inf)
+            slope = slope_(logits(part) if scores is None else scores, local[part], log_sum, factor)
             if dbias is not None:
-                dbias += slope.sum(0)
-            slope = slope.to(h.dtype)
+                dbias += slope.sum(0, dtype=wide)
             if dh is not None:
                 torch.mm(slope, weight, out=dh[part])
             if dweight is not None:
-                dweight += slope.t() @ h[part]
+                _add_product(dweight, slope.t(), h[part])
         ctx.save_for_backward(dh, dweight, dbias)
         return total
 
@@ -90,20 +85,19 @@ class _HeadLoss(torch.autograd.Function):
         return (*(None if d is None else d * gradient for d in ctx.saved_tensors), None, None, None)
 
 
-def _over_ranks(
-    logits: Callable[[slice], Tensor], target: Callable[[Tensor, slice], Tensor], parts: list[slice], comm: Any
-) -> tuple[Tensor, Tensor]:
+def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to what is wider: on a GPU without rounding the product first."""
+    if to.is_cuda and to.dtype != a.dtype:
+        torch.addmm(to, a, b, out_dtype=to.dtype, out=to)
+    else:
+        to += a @ b
+
+
+def _over_ranks(shares: Iterable[tuple[Tensor, Tensor, Tensor]], comm: Any) -> tuple[Tensor, Tensor]:
     """For each token the log of the sum over the whole vocabulary, and the logit of its label: one maximum over the
     ranks, and one sum of two numbers."""
-    largest, sums, rights = [], [], []
-    for part in parts:
-        scores = logits(part)
-        top = scores.amax(1) if scores.shape[1] else scores.new_full((len(scores),), -torch.inf)
-        largest.append(top)
-        sums.append((scores - top[:, None]).exp().sum(1))
-        rights.append(target(scores, part))
-    mine = torch.cat(largest)
+    mine, sums, rights = (torch.cat(values) for values in zip(*shares, strict=True))
     top = mine.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=comm.group)
-    packed = comm.sum(torch.stack((torch.cat(sums) * (mine - top).exp(), torch.cat(rights))))
+    packed = comm.sum(torch.stack((sums * (mine - top).exp(), rights)))
     return packed[0].log() + top, packed[1]

@@ -17,7 +17,7 @@ from fms.training.loss import IGNORED
 from fms.training.metrics import Metrics
 from fms.training.objective import Batch
 from fms.training.optim import clip, make_optimizer, make_schedule
-from fms.training.parallel import last_of_step, precision
+from fms.training.parallel import attention_kernels, last_of_step, precision
 from fms.training.ranks import rank, summed, world
 from fms.training.signals import Stop
 
@@ -100,14 +100,19 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for n, batch in enumerate(step):
             last_of_step(self.root, n + 1 == len(step))
-            with precision(self.config, self.device, self.mesh):
+            with self.computing():
                 part = self.root(batch)
-            (part * scale).backward()
+                (part * scale).backward()  # inside: blocks that are computed again need the same weights
             loss += part.detach()
         finite = self.update()
         self.window += torch.stack((loss, counted.double())).where(finite, 0)
         self.step += 1
         self.new_tokens += sum(batch["input_ids"].numel() for batch in step) * self.place[1]
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        with precision(self.root, self.config, self.mesh), attention_kernels(self.device):
+            yield
 
     def update(self) -> Tensor:
         """Clip, and step unless the gradient is not finite, which nobody waits to know."""
@@ -143,6 +148,8 @@ class Trainer:
         if self.prepare is not None:
             key = ("held out", n) if held_out else (self.config.seed, self.step, n)
             batch = self.prepare(batch, random.Random(repr((*key, self.place[0]))).getrandbits(62))
+        if self.device.type == "cuda":  # from pinned memory, or the copy waits for the step before
+            batch = {name: value.pin_memory() for name, value in batch.items()}
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def report(self) -> None:
@@ -173,7 +180,7 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         batch: Batch = {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}
         batches = iter(self.held_out())
-        with torch.no_grad(), precision(self.config, self.device, self.mesh):
+        with torch.no_grad(), self.computing():
             for n in range(self.config.eval_batches):
                 found = next(batches, None)
                 if not summed(torch.tensor(float(found is not None), device=self.device)):
@@ -195,7 +202,8 @@ class Trainer:
         if self.sample is not None:
             begun = time.perf_counter()
             self.root.eval()
-            self.metrics.say(self.sample(self.root))
+            with torch.no_grad(), precision(self.root, self.config, self.mesh):
+                self.metrics.say(self.sample(self.root))
             self.root.train()
             self.metrics.pause(time.perf_counter() - begun)
 

@@ -86,6 +86,24 @@ def test_recomputed_gradients_are_the_same(mode: str) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_bf16_above_fp32(mode: str, tmp_path: Path) -> None:
+    from fms.training.parallel import recompute
+
+    trainer(settings(tmp_path / "wide", steps=6), small_model(tie_heads=True)).run()
+    model = small_model(tie_heads=True)
+    recompute(model, mode)
+    before, seen = dict(model.named_parameters()), []
+    model.layers[0].register_forward_pre_hook(lambda module, given: seen.append((given[0].dtype, module.ln.weight)))
+    run = trainer(settings(tmp_path / "low", steps=6, mixed_precision="bf16"), model)
+    run.run()
+    assert {dtype for dtype, _ in seen} == {torch.bfloat16}
+    assert seen[0][1].dtype == torch.bfloat16
+    assert all(p is before[name] and p.dtype == torch.float32 for name, p in model.named_parameters())
+    assert model.head.weight is model.embedding.weight
+    assert losses(tmp_path / "low") == pytest.approx(losses(tmp_path / "wide"), rel=0.02)
+
+
 def test_accumulated_forwards_make_the_same_step(tmp_path: Path) -> None:
     class Halves(Data):
         def batches(self, size: int) -> Any:
