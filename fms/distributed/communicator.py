@@ -4,7 +4,9 @@
 autograd, which gives an all-reduce another all-reduce as its gradient.
 """
 
-from collections import Counter
+import logging
+import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,28 +17,56 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from fms.distributed.symmetric import SymmetricMemory, set_up
+
+log = logging.getLogger(__name__)
 _ops = torch.ops._c10d_functional
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 FEW = 128  # tokens a row below which, without gradients, sharing them out costs more than it saves
 
 
+SWITCH = "FMS_COMMUNICATOR"  # the environment's: "auto", "symm_mem", or the group's own backend ("nccl", "gloo")
+
+
 class Communicator:
-    """A group of ranks that hold one model. `counts` has how often each collective ran, and the bytes that went in.
+    """A group of ranks that hold one model. `counts` has of each collective how often it ran, and the bytes that went
+    in. One rank alone communicates nothing.
+
+    Sums of bf16 and fp32 between the GPUs of one machine go through symmetric memory, where that can be had and they
+    are not too large, all else through the group's own backend. $FMS_COMMUNICATOR overrules it; the log tells.
 
     With `sequence_parallel` the ranks share out the tokens between sub-layers (Korthikanti et al. 2022, arXiv
     2205.05198): `enter` gathers them, `leave` sums and scatters them again. A row of s tokens makes shares of
     ceil(s / ranks), the last ones with padding, which is dropped where they are gathered.
     """
 
-    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool = False):
+    def __init__(self, group: dist.ProcessGroup, device_type: str = "cpu", sequence_parallel: bool = False):
         self.group, self.name = group, group.group_name
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel = sequence_parallel and self.size > 1
         self.tokens: int | None = None
-        self.counts: Counter[str] = Counter()
+        self.counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        # asked directly: the group's own call costs the host several times as much
+        self._backend: Any = group._get_backend(torch.device(device_type))
         self._options = dist.AllreduceOptions()
         self._options.asyncOp = False
+        self.symmetric = self._choose(device_type)
+
+    def _choose(self, device_type: str) -> SymmetricMemory | None:
+        """What sums go through besides the backend. All ranks come to the same."""
+        backend, asked = dist.get_backend(self.group), os.environ.get(SWITCH) or "auto"
+        if asked not in ("auto", "symm_mem", backend):
+            raise ValueError(f"{SWITCH}={asked} is none of auto, symm_mem, {backend}")
+        symmetric, why = None, f"{SWITCH}={asked}"
+        if asked != backend and self.size > 1:
+            symmetric, why = set_up(self.group, device_type)
+            if symmetric is None and asked == "symm_mem":
+                raise ValueError(f"{SWITCH}=symm_mem: {why}")
+        if self.size > 1 and self.rank == 0:
+            how = f"{backend} ({why})" if symmetric is None else f"{symmetric}, {backend} for the rest"
+            log.info("%d ranks sum by %s", self.size, how)
+        return symmetric
 
     def local(self, parameter: Any, partial: bool = False) -> Any:
         if not isinstance(parameter, DTensor) or len(parameter._spec.placements) > 1:  # FSDP's, at rest
@@ -89,13 +119,16 @@ class Communicator:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, which it may overwrite."""
+        if self.size == 1:
+            return x
         x = x.contiguous()
         if torch.compiler.is_compiling():
             return _ops.wait_tensor(_ops.all_reduce(x, "sum", self.name))
         self._count("all_reduce", x)
-        work = self.group.allreduce([x], self._options)  # half the host's time of dist.all_reduce
-        if work is not None:
-            work.wait()
+        if self.symmetric is not None and self.symmetric.takes(x):
+            self._count("all_reduce by symm_mem", x)
+            return self.symmetric.sum(x)
+        self._backend.allreduce([x], self._options).wait()
         return x
 
     def gather(self, x: Tensor) -> Tensor:
@@ -123,6 +156,8 @@ class Communicator:
 
     def _gathered(self, rows: Tensor) -> Tensor:
         """All ranks' rows."""
+        if self.size == 1:
+            return rows
         rows = rows.contiguous()
         if torch.compiler.is_compiling():
             return _ops.wait_tensor(_ops.all_gather_into_tensor(rows, self.size, self.name))
@@ -132,8 +167,9 @@ class Communicator:
         return whole
 
     def _count(self, what: str, x: Tensor) -> None:
-        self.counts[what] += 1
-        self.counts[f"{what} bytes"] += x.nbytes
+        tally = self.counts[what]
+        tally[0] += 1
+        tally[1] += x.nbytes
 
 
 def _differentiable(x: Tensor) -> bool:

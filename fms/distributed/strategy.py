@@ -35,7 +35,7 @@ class TensorParallel:
         if mesh.ndim != 1:
             raise ValueError(f"tensor parallelism wants a mesh of one dimension, this has {mesh.ndim}: {mesh}")
         self.mesh, self.overrides, self.pad = mesh, plan, pad
-        self.comm = Communicator(mesh.get_group(), sequence_parallel)
+        self.comm = Communicator(mesh.get_group(), mesh.device_type, sequence_parallel)
 
     def place(self, model: Any) -> None:
         """Make each parameter a DTensor, and each module the form of its word.

@@ -1,0 +1,104 @@
+"""Sums over the GPUs of one machine by memory that each of them reads of the others."""
+
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float32)  # the kernels know no other
+ONE_SHOT = 256 << 10  # bytes up to which each rank reads all of every other; beyond, a share of each, then the sums
+MOST = 8 << 20  # bytes beyond which copies in and out of the buffer cost what is won
+ALIGNED = 16  # bytes
+
+
+class SymmetricMemory:
+    """PyTorch's symmetric memory (`torch.ops.symm_mem`). Ranks add in one order, so that all hold the same bits.
+
+    The kernels begin and end with a barrier of all ranks: one buffer serves one sum after the other, in replays of a
+    CUDA graph too. A rank that does not come keeps the others in the kernel: no timeout ends that.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.name = group.group_name
+        memory = _shared(MOST, group, device)
+        self.buffers = {dtype: memory.view(dtype) for dtype in DTYPES}
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dtype in self.buffers and x.nbytes <= MOST and x.nbytes % ALIGNED == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, which is contiguous and may be overwritten."""
+        inside = self.buffers[x.dtype][: x.numel()].view(x.shape)
+        inside.copy_(x)
+        if x.nbytes <= ONE_SHOT:
+            return _one_shot(inside, "sum", self.name)
+        return x.copy_(_two_shot(inside, "sum", self.name))
+
+    def check(self, rank: int, size: int) -> str:
+        """What is wrong with sums of small whole numbers, if anything. All ranks do all of it."""
+        wrong = []
+        for dtype, buffer in self.buffers.items():
+            for nbytes in (ALIGNED, ONE_SHOT, 2 * ONE_SHOT, MOST):
+                x = torch.full((nbytes // dtype.itemsize,), rank + 1, dtype=dtype, device=buffer.device)
+                if not (self.sum(x) == size * (size + 1) // 2).all():
+                    wrong.append(f"symmetric memory: a wrong sum of {nbytes} bytes of {dtype}")
+        return wrong[0] if wrong else ""
+
+    def __str__(self) -> str:
+        return f"symmetric memory (bf16 and fp32 of up to {MOST >> 20} MiB)"
+
+
+def set_up(group: dist.ProcessGroup, device_type: str) -> tuple[SymmetricMemory | None, str]:
+    """Symmetric memory between the ranks of a group that can have it and sum by it rightly, or none and why.
+
+    All ranks of the group call this, and come to the same.
+    """
+    if device_type != "cuda":
+        return None, f"symmetric memory is between GPUs, not on {device_type}"
+    machines: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(machines, socket.gethostname(), group=group)
+    if len(set(machines)) > 1:
+        return None, "symmetric memory is within one machine"
+    return _made(group, torch.device("cuda", torch.cuda.current_device()))
+
+
+def _made(group: dist.ProcessGroup, device: torch.device) -> tuple[SymmetricMemory | None, str]:
+    symmetric, why = None, ""
+    try:
+        symmetric = SymmetricMemory(group, device)
+    except (RuntimeError, ValueError) as error:
+        why = f"symmetric memory: {error}"
+    if why := _agreed(group, why):
+        return None, why
+    assert symmetric is not None
+    try:
+        why = symmetric.check(dist.get_rank(group), dist.get_world_size(group))
+    except RuntimeError as error:  # of an operation that is not there
+        why = f"symmetric memory: {error}"
+    why = _agreed(group, why)
+    return (None, why) if why else (symmetric, "")
+
+
+def _agreed(group: dist.ProcessGroup, why: str) -> str:
+    """The first rank's reason that has one."""
+    reasons: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reasons, why.partition("\n")[0], group=group)
+    return next(filter(None, reasons), "")
+
+
+def _shared(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+    symmetric_memory.rendezvous(memory, group)
+    return memory
+
+
+def _one_shot(inside: Tensor, operation: str, name: str) -> Tensor:
+    return torch.ops.symm_mem.one_shot_all_reduce(inside, operation, name)
+
+
+def _two_shot(inside: Tensor, operation: str, name: str) -> Tensor:
+    return torch.ops.symm_mem.two_shot_all_reduce_(inside, operation, name)
