@@ -34,13 +34,14 @@ TINY |= {"src_vocab_size": 1000, "max_expected_seq_len": 256}
 # what differs from `fms train --mixed_precision bf16 --compile blocks`; the first is that, and torchtitan follows it
 FORMS: dict[str, dict[str, Any]] = {
     "fms": {},
-    "torchtitan": {},
+    "torchtitan": {},  # its own Trainer and step
     "flash": {"attention": "FLASH_ATTENTION"},
     "autocast": {"autocast": True},
+    "tuned": {"env": {"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}},
     "plain loss": {"plain_loss": True},
     "max": {"compile": "max"},
 }
-QUICK = "fms,torchtitan,flash,autocast"
+QUICK = "fms,torchtitan,flash,tuned,autocast"
 
 
 def main() -> None:
@@ -95,7 +96,7 @@ def apart(form: str, args: argparse.Namespace) -> dict[str, Any]:
         for name in ("warmup", "steps", "batch", "seq_len"):
             command += [f"--{name}", str(getattr(args, name))]
         paths = [str(ROOT), *([args.unpacked] if form == "torchtitan" else []), os.environ.get("PYTHONPATH", "")]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        env = os.environ | FORMS[form].get("env", {}) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         try:
             done = subprocess.run(command, timeout=args.seconds, env=env, capture_output=True, text=True)
         except subprocess.TimeoutExpired as error:

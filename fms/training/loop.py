@@ -94,7 +94,7 @@ class Trainer:
         """Gradients of `accumulate` batches, and a step of the optimizer: of the mean over all their labels."""
         step = [self.ready(batch, n) for n, batch in enumerate(itertools.islice(batches, self.config.accumulate))]
         counted = torch.stack([self.root.count(batch) for batch in step]).sum()
-        labels, asked = summed(torch.stack((counted, counted.new_tensor(float(stop.code))))).unbind()
+        labels, asked = summed(torch.stack((counted, torch.full_like(counted, stop.code)))).unbind()  # no copy: no wait
         self.asked.put(asked)
         scale = world() / labels.clamp(min=1)  # FSDP takes the mean of data ranks; labels count once for each of a tp
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
