@@ -41,4 +41,8 @@ def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:
     )
     done = torchrun(2, str(program))
     assert done.returncode != 0
-    assert "this rank has had enough" in done.stderr
+    first = next(line for line in done.stderr.splitlines() if "Traceback" in line)
+    assert first.startswith("[rank1]")
+    root = done.stderr.partition("Root Cause")[2]
+    assert "rank      : 1" in root
+    assert "RuntimeError: this rank has had enough" in root
