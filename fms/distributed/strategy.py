@@ -15,6 +15,7 @@ from fms.modules.tp import WORDS, Repeated, form
 from fms.utils.tp_plan import pad_model, plan_for
 
 log = logging.getLogger(__name__)
+UNEVEN = ("embed", "head")  # vocabularies: ranks know how to hold fewer rows, or none
 
 
 class TensorParallel:
@@ -51,25 +52,33 @@ class TensorParallel:
             module: Any = model.get_submodule(name)
             if WORDS[word][0] is None:
                 continue
-            self._share(module, word, placed)
+            self._share(name, module, word, placed)
             module.__class__ = form(word, module.__class__)
             module.comm = self.comm
             if isinstance(module, Repeated):
                 module.rows = self._rows_of(model.get_submodule(name.rpartition(".")[0]), module)
         model.comm = self.comm
 
-    def _share(self, module: Any, word: str, placed: dict[int, nn.Parameter]) -> None:
+    def _share(self, name: str, module: Any, word: str, placed: dict[int, nn.Parameter]) -> None:
         parameters = list(module.named_parameters(recurse=False))
         if parameters:
             module.shards = {}
         for leaf, parameter in parameters:
             dim = WORDS[word][1].get(leaf)
+            if dim is not None and word not in UNEVEN and parameter.shape[dim] % self.comm.size:
+                raise ValueError(
+                    f"tp_plan: {name} is {word!r}, but {parameter.shape[dim]} along dimension {dim} of its {leaf} "
+                    f"can't be split over {self.comm.size} ranks"
+                )
             index = self._slices(parameter, dim)
             if dim is not None:
                 module.shards[leaf] = index
             if id(parameter) not in placed:
                 placed[id(parameter)] = nn.Parameter(self._distributed(parameter, dim, index), parameter.requires_grad)
-            module.register_parameter(leaf, placed[id(parameter)])
+            one: Any = placed[id(parameter)]
+            if one.placements != (_placement(dim),):
+                raise ValueError(f"tp_plan: {name} is {word!r}, but its {leaf} is tied to one that is placed otherwise")
+            module.register_parameter(leaf, one)
 
     def _slices(self, parameter: Tensor, dim: int | None) -> tuple[slice, ...]:
         """As DTensor splits: equal shares, the last ones smaller or empty."""
@@ -82,14 +91,17 @@ class TensorParallel:
 
     def _distributed(self, parameter: Tensor, dim: int | None, index: tuple[slice, ...]) -> DTensor:
         shard = parameter.detach()[index].contiguous()
-        placement = Replicate() if dim is None else Shard(dim)
         shape, stride = parameter.shape, parameter.stride()
-        return DTensor.from_local(shard, self.mesh, [placement], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(shard, self.mesh, [_placement(dim)], run_check=False, shape=shape, stride=stride)
 
     def _rows_of(self, attention: Any, module: Any) -> slice:
         """Those of the one key or value head that this rank's query heads read."""
         head = self.comm.rank * attention.kvheads // self.comm.size
         return slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+
+
+def _placement(dim: int | None) -> Replicate | Shard:
+    return Replicate() if dim is None else Shard(dim)
 
 
 def mesh_of(group: DeviceMesh | dist.ProcessGroup | None, device: torch.device) -> DeviceMesh:

@@ -227,6 +227,17 @@ class ShardedExperts(Sharded):
         return self.shard("w2")
 
 
+class WholeExperts(ShardedExperts):
+    """Some of the experts, whole. Rows for experts elsewhere go through the last one here, and count nothing: what a
+    rank computes does not depend on what is chosen, and the host need not know."""
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        here = self.shards["w2"][0]
+        elsewhere = (chosen < here.start) | (chosen >= here.stop)
+        chosen = (chosen - here.start).masked_fill(elsewhere, here.stop - here.start - 1)
+        return super().forward(x, weights.masked_fill(elsewhere, 0), chosen)
+
+
 # A word: what is mixed into the module's class, and the dimension along which each parameter is split, if it is.
 WORDS: dict[str, tuple[type[nn.Module] | None, dict[str, int]]] = {
     "enter": (Entered, {}),
@@ -238,6 +249,7 @@ WORDS: dict[str, tuple[type[nn.Module] | None, dict[str, int]]] = {
     "embed": (VocabEmbedding, {"weight": 0}),
     "head": (VocabHead, {"weight": 0, "bias": 0}),
     "experts": (ShardedExperts, {"wg": 1, "w1": 1, "w2": 2}),
+    "whole_experts": (WholeExperts, {"wg": 0, "w1": 0, "w2": 0}),
     "replicate": (Repeated, {}),
     "partial": (Partial, {}),
     "norm": (Norm, {}),

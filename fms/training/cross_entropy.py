@@ -26,7 +26,7 @@ def head_loss(h: Tensor, head: Any, labels: Tensor, elements: int | None = None)
         logits = head(h).flatten(0, 1)
         return F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     elements = elements or (ON_GPU if h.is_cuda else ELEMENTS)
-    comm = getattr(head, "comm", None)
+    comm = head.comm if getattr(head, "shards", None) else None
     h = h if comm is None else comm.same(h)
     return _HeadLoss.apply(h.flatten(0, 1), head.weight, head.bias, labels.flatten(), head, elements)
 
@@ -40,7 +40,7 @@ class _HeadLoss(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(h.device.type)
             h, weight, bias = h.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         wide = torch.promote_types(h.dtype, torch.float32)
-        comm = getattr(head, "comm", None)
+        comm = head.comm if getattr(head, "shards", None) else None
         first = 0 if comm is None else head.shards["weight"][0].start
         rows = max(1, elements // max(len(weight), 1))
         counted = labels != IGNORED

@@ -393,8 +393,8 @@ class Run:
 
 def _share(head: Any) -> Share | None:
     """Of the vocabulary, where several ranks hold it."""
-    comm = getattr(head, "comm", None)
-    return None if comm is None else Share(comm, head.shards["weight"][0].start, head.share)
+    rows = getattr(head, "shards", {}).get("weight")
+    return None if rows is None else Share(head.comm, rows[0].start, head.share)
 
 
 def _sampling(given: dict[str, Any], defaults: dict[str, Any]) -> Sampling:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,6 +15,8 @@ from fms.modules.tp import WORDS, Plan
 def plan_for(model: nn.Module, tp: int, overrides: Mapping[str, str] | None = None) -> Plan:
     """The word of each module, by its full name: what the modules say of their parts, the outer before the inner.
 
+    `overrides` change words; in their names `*` stands for anything, as in `layers.*.ff.experts`.
+
     Raises `ValueError` if the model can't be split over `tp` ranks, if an override names nothing or is no word, or if a
     module has parameters and no word.
     """
@@ -23,11 +26,12 @@ def plan_for(model: nn.Module, tp: int, overrides: Mapping[str, str] | None = No
             for name, word in module.tp_plan(tp).items():
                 plan.setdefault(".".join(filter(None, (prefix, name))), word)
     for name, word in (overrides or {}).items():
-        if name not in plan:
+        named = [known for known in plan if fnmatchcase(known, name)]
+        if not named:
             near = get_close_matches(name, plan, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"tp_plan names {name!r}, which the plan has not{hint}")
-        plan[name] = word
+        plan |= dict.fromkeys(named, word)
     for name, word in plan.items():
         if word not in WORDS:
             raise ValueError(f"tp_plan: {name} is {word!r}, which is not one of {', '.join(WORDS)}")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fms.distributed import communicator
-from fms.distributed.strategy import TensorParallel
 from fms.models import freeze, get_model
 from fms.models.convert import save_model
-from fms.utils.generation import generate
+from fms.utils.generation import _share, generate
+from fms.utils.sampling import Sampling, choose
 from tests.distributed.ranks import Ranks
 
 SIZES = {"src_vocab_size": 103, "emb_dim": 64, "nheads": 8, "hidden_dim": 96, "nlayers": 2, "max_expected_seq_len": 64}
@@ -117,10 +117,11 @@ TRAINED = ["llama, two key heads, tied", "granite, biases", "gpt_bigcode", "mixt
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "tokens too"])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", TRAINED)
-def test_four_steps_of_training(ranks: Ranks, case: str, sequence_parallel: bool) -> None:
+def test_four_steps_of_training(ranks: Ranks, case: str, size: int, sequence_parallel: bool) -> None:
     want = steps_of(None, case)
-    for got in ranks.run(2, steps_of, case, sequence_parallel):
+    for got in ranks.run(size, steps_of, case, sequence_parallel):
         assert got == pytest.approx(want, rel=1e-7)
 
 
@@ -190,10 +191,12 @@ def test_tokens(ranks: Ranks, options: dict[str, Any]) -> None:
         assert all(got == want for got in ranks.run(size, tokens_of, case, options))
 
 
+@pytest.mark.parametrize("options", [{}, {"seed": 3, "top_k": 12}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("case", DECODERS)
-def test_greedy_tokens_of_each_family(ranks: Ranks, case: str) -> None:
-    want = tokens_of(None, case, {})
-    assert all(got == want for got in ranks.run(2, tokens_of, case, {}))
+def test_tokens_of_each_family(ranks: Ranks, case: str, size: int, options: dict[str, Any]) -> None:
+    want = tokens_of(None, case, options)
+    assert all(got == want for got in ranks.run(size, tokens_of, case, options))
 
 
 def token_collectives(mesh: Any, case: str) -> dict[str, int]:
@@ -237,28 +240,22 @@ def test_files_are_read_into_shards(ranks: Ranks, to: str, tmp_path: Any) -> Non
             assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def fails(mesh: Any, options: dict[str, Any]) -> str:
-    options = dict(options)
-    strategy = TensorParallel(mesh, options.pop("tp_plan", None), pad=False)
-    try:
-        get_model("llama", "micro", distributed_strategy=strategy, **(DECODER | options))
-    except ValueError as error:
-        return str(error)
-    return ""
+def random_weights(mesh: Any, case: str) -> dict[str, Tensor]:
+    """As they are drawn."""
+    architecture, variant, fields = CASES[case]
+    torch.manual_seed(0)
+    kwargs = {"distributed_strategy": "none"} if mesh is None else {"distributed_strategy": "tp", "group": mesh}
+    state = get_model(architecture, variant, **kwargs, **fields).state_dict()
+    return {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in state.items()}
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"nheads": 9, "kvheads": 9}, "9 query heads can't be split over 2 ranks"),
-        ({"hidden_dim": 95}, "95 hidden channels can't be split over 2 ranks"),
-        ({"nheads": 6, "kvheads": 3}, "3 key and value heads can't be split over 2 ranks"),
-        ({"tp_plan": {"hed": "whole"}}, "tp_plan names 'hed', which the plan has not (did you mean 'head'?)"),
-        ({"tp_plan": {"head": "columns"}}, "head is 'columns', which is not one of enter"),
-    ],
-)
-def test_what_can_not_be_split(ranks: Ranks, options: dict[str, Any], words: str) -> None:
-    assert all(words in said for said in ranks.run(2, fails, options))
+@pytest.mark.parametrize("case", ["llama, two key heads, tied", "granite 4", "roberta"])
+def test_a_random_model_is_the_same_whatever_the_ranks(ranks: Ranks, case: str) -> None:
+    want = random_weights(None, case)
+    for size in (1, 2, 4):
+        for got in ranks.run(size, random_weights, case):
+            assert got.keys() == want.keys()
+            assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def dropped(mesh: Any, sequence_parallel: bool) -> list[Tensor]:
@@ -281,43 +278,6 @@ def test_dropout_differs_where_the_ranks_work_on_different_things(ranks: Ranks) 
         assert 0 < (one[0] == 0).sum() < one[0].numel()
 
 
-PADDED: list[tuple[int, str, dict[str, Any]]] = [
-    (2, "llama", {"nheads": 9, "kvheads": 3}),
-    (4, "llama", {"nheads": 9, "kvheads": 3, "attn_bias": True, "mlp_bias": True}),
-    (3, "granite, biases", {"hidden_dim": 97}),
-    (2, "qwen3", {"nheads": 6, "kvheads": 3}),
-    (2, "gpt_bigcode", {"nheads": 9, "kvheads": 1, "hidden_dim": 95}),
-    (4, "mixtral", {"nheads": 7, "kvheads": 7, "hidden_dim": 50}),
-    (3, "roberta", {}),
-]
-
-
-def padded(mesh: Any, path: str | None, case: str, more: dict[str, Any], frozen: bool) -> tuple[Tensor, bool]:
-    model = random_model(case, mesh, **more)
-    if path is not None:
-        model = get_model(model_path=path, distributed_strategy="tp", group=mesh)
-    trains = any(p.requires_grad for p in model.parameters())
-    if frozen:
-        freeze(model)
-    with torch.no_grad():
-        return model(some_ids(2, 9)), trains
-
-
-@pytest.mark.parametrize(("size", "case", "more"), PADDED)
-def test_heads_that_do_not_divide_are_padded(
-    ranks: Ranks, size: int, case: str, more: dict[str, Any], tmp_path: Any
-) -> None:
-    model = random_model(case, **more)
-    with torch.no_grad():
-        want = model(some_ids(2, 9))
-    save_model(model, tmp_path / "out")
-    for path in (None, str(tmp_path / "out")):
-        for frozen in (False, True):
-            for logits, trains in ranks.run(size, padded, path, case, more, frozen):
-                torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
-                assert not trains
-
-
 def compiled(mesh: Any, case: str, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
     torch._dynamo.reset()
     model = random_model(case, mesh, sequence_parallel)
@@ -335,3 +295,30 @@ def test_compiles_without_a_graph_break(ranks: Ranks, sequence_parallel: bool) -
     for logits, gradient in ranks.run(2, compiled, "llama", sequence_parallel):
         torch.testing.assert_close(logits, want.detach(), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(gradient, model.layers[0].attn.dense.weight.grad, rtol=1e-7, atol=1e-9)
+
+
+def compiled_step(mesh: Any, case: str) -> Tensor:
+    """The tokens of some steps, each of them one graph: from the last token to the next."""
+    torch._dynamo.reset()
+    model = freeze(random_model(case, mesh))
+    cache, share = model.make_cache(2, 16), _share(model.head)
+    how, rows = Sampling(do_sample=True, top_k=9, seed=2), torch.arange(2)
+
+    def step(tokens: Tensor, place: Tensor) -> Tensor:
+        logits = model(tokens, cache=cache, last_n_tokens=1, local=share is not None)[:, -1]
+        return choose(logits, how, rows, place, share)[0]
+
+    run = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        tokens = [step(some_ids(2, 5), torch.full((2,), 5))]
+        for place in range(6, 9):
+            tokens.append(run(tokens[-1][:, None], torch.full((2,), place)))
+    return torch.stack(tokens, 1)
+
+
+@pytest.mark.parametrize("case", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_a_frozen_step_is_one_graph(ranks: Ranks, case: str) -> None:
+    model = freeze(random_model(case))
+    want = generate(model, some_ids(2, 5), max_new_tokens=4, top_k=9, seed=2)[:, 5:]
+    for tokens in ranks.run(2, compiled_step, case):
+        assert torch.equal(tokens, want)
