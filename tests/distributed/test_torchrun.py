@@ -1,5 +1,6 @@
 """Programs started by torchrun: they split the model by themselves, one speaks, and a failure ends all."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,15 @@ def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:
     root = done.stderr.partition("Root Cause")[2]
     assert "rank      : 1" in root
     assert "RuntimeError: this rank has had enough" in root
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_on_two_ranks(tmp_path: Path) -> None:
+    options = ["--tiny", "--checkpoint", str(tmp_path / "checkpoint"), "--json", str(tmp_path / "rows.json")]
+    done = torchrun(2, str(ROOT / "benchmarks/tensor_parallel.py"), *options)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["error"] for row in rows if "error" in row] == []
+    assert [row["equal"] for row in rows if "equal" in row] == [True] * 4
+    assert {tuple(row["a_step"]["all_reduce"]) for row in rows if "a_step" in row} == {(5, 5 * 2 * 256 * 2)}
+    assert rows[-1]["what"] == "load"
