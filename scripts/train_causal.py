@@ -23,7 +23,16 @@ DEFAULTS = {
     "architecture": "llama",
     "tokenizer": "char_tokenizer",
     "dataset": "instruction",
+    "batch_size": 2,
     "lr": 1e-4,
+}
+EPOCHS = 2.0
+# these change nothing here, and why
+WITHOUT_EFFECT = {
+    "--unfuse_weights": "weights are stored unfused",
+    "--run_validation": "the held-out loss is always computed at the end",
+    "--compile_optimizer": "AdamW is fused",
+    "--compile_static": "training has few shapes",
 }
 
 
@@ -35,7 +44,12 @@ def make_parser() -> flags.Parser:
         theirs.add_argument(name, dest=ours, type=int if ours in ("seq_len", "accumulate") else flags.path)
     theirs.add_argument("--compile_model", dest="compile", action="store_const", const="blocks", help="blocks")
     theirs.add_argument("--peft_method", choices=["lora"], help="--lora 16")
-    theirs.add_argument("--unfuse_weights", action="store_true", help="has no effect: weights are stored unfused")
+    theirs.add_argument("--training_type", choices=["causal"], help="causal, the only one")
+    theirs.add_argument("--optimizer", choices=["adamw"], help="adamw, the only one")
+    theirs.add_argument("--compile_backend", choices=["inductor"], help="inductor, the only one")
+    theirs.add_argument("--pad_token_id", type=int, help="has no effect: padding is not learnt")
+    for name, why in WITHOUT_EFFECT.items():
+        theirs.add_argument(name, action="store_true", help=f"has no effect: {why}")
     return parser
 
 
@@ -44,17 +58,20 @@ def main(words: list[str]) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.unfuse_weights:
-        print("train_causal.py: --unfuse_weights has no effect", file=sys.stderr)
+    for name, why in WITHOUT_EFFECT.items():
+        if getattr(args, name[2:]):
+            print(f"train_causal.py: {name} has no effect: {why}", file=sys.stderr)
     if args.peft_method and args.lora is None:
         args.lora = 16
     if args.dtype in ("bfloat16", "float32"):
         args.dtype = {"bfloat16": "bf16", "float32": "fp32"}[args.dtype]
-    if args.model_path is not None and args.architecture is None:
-        DEFAULTS.pop("architecture")
-    for name, value in DEFAULTS.items():
-        if getattr(args, name) is None and not args.config:
-            setattr(args, name, value)
+    if not args.config:
+        own = ("architecture", "tokenizer") if args.model_path is not None and args.architecture is None else ()
+        for name, value in DEFAULTS.items():
+            if getattr(args, name) is None and name not in own:
+                setattr(args, name, value)
+        if args.steps is None and args.epochs is None:
+            args.epochs = EPOCHS
     return train.run(args)
 
 

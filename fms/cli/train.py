@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,7 @@ def train(config: "TrainConfig") -> int:
     place = data_place(mesh)
     tokenizer = find_tokenizer(config)
     data, held_out = find_data(config, tokenizer, place)
+    config = in_steps(config, data.rows, place[1])
 
     torch.manual_seed(config.seed)
     root = find_root(config, device, mesh, tokenizer)
@@ -171,13 +173,13 @@ def find_data(config: "TrainConfig", tokenizer: Any, place: tuple[int, int]) -> 
 
     rank, world = place
 
-    def dataset(path: str | None, **split: Any) -> Any:
+    def dataset(path: str | None, seed: int = config.seed, **split: Any) -> Any:
         return get_dataset(
             config.dataset,
             tokenizer,
             path,
             seq_len=config.seq_len,
-            seed=config.seed,
+            seed=seed,
             rank=rank,
             world=world,
             reset_attention=config.reset_attention,
@@ -185,15 +187,23 @@ def find_data(config: "TrainConfig", tokenizer: Any, place: tuple[int, int]) -> 
             **config.data,
         )
 
+    look = {"shuffle": True, "seed": 0}  # the first batches are of all documents, and the same ones in every run
     if config.eval_path is None and not config.held_out:
         return dataset(config.dataset_path, held_out=0.0), None
     if config.eval_path is None:
         data = dataset(config.dataset_path, held_out=config.held_out)
-        held_out = dataset(config.dataset_path, held_out=config.held_out, split="held_out")
+        held_out = dataset(config.dataset_path, held_out=config.held_out, split="held_out", **look)
     else:
         data = dataset(config.dataset_path, held_out=0.0)
-        held_out = dataset(config.eval_path, held_out=0.0, epochs=1, shuffle=False)
+        held_out = dataset(config.eval_path, held_out=0.0, epochs=1, **look)
     return data, lambda: again(held_out).batches(config.batch_size)
+
+
+def in_steps(config: "TrainConfig", rows: int, world: int) -> "TrainConfig":
+    """With the steps that its epochs take on data of so many rows."""
+    if not config.epochs:
+        return config
+    return replace(config, steps=math.ceil(rows * config.epochs / (config.batch_size * config.accumulate * world)))
 
 
 def again(data: Any) -> Any:

@@ -69,10 +69,15 @@ class Trainer:
         try:
             with Stop() as stop, profiler(c.profile if rank() == 0 else None) as tick:
                 batches = self.endless()
+                if not self.step:  # what there was before
+                    if c.eval_steps:
+                        self.evaluate()
+                    if c.sample_steps:
+                        self.show()
                 while self.step < c.steps and not self.told(stop):
                     self.one_step(batches, stop)
                     tick()
-                    if self.step % c.report_steps == 0:
+                    if self.step % c.report_steps == 0 or self.step == c.steps:
                         self.report()
                     if c.eval_steps and self.step % c.eval_steps == 0 and self.step < c.steps:
                         self.evaluate()

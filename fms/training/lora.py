@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
+from fms.utils.serialization.errors import nearest
+
 
 def add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str]) -> Any:
     """Put matrices of this rank beside the linear layers called `targets`; only they are trained (Hu et al. 2021, arXiv
@@ -11,6 +15,12 @@ def add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str]) -> Any
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("--lora needs peft: pip install peft") from error
+    known = list(dict.fromkeys(name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)))
+    for name in targets:  # peft passes over one that is not there if others are
+        if name not in known:
+            raise ValueError(
+                f"lora_targets: no linear layer is called {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+            )
     scale: Any = alpha  # peft says int; a fraction is as good
     config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), lora_dropout=0.0)
     inject_adapter_in_model(config, model)

@@ -34,6 +34,15 @@ def peak_flops(device: torch.device) -> tuple[float, str] | None:
     return None if known is None else (PEAKS[known] * 1e12, f"{known}, {PEAKS[known]} TFLOP/s dense bf16")
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, else the most that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def flops_per_token(model: Any, seq_len: int) -> float:
     """Of a training step: 6 for each weight that a token meets, 12 x layers x heads x head_dim x seq_len for attention.
 
@@ -87,7 +96,7 @@ class Metrics:
         row |= {"tokens_per_second": round(speed, 1), "tokens_per_second_per_gpu": round(speed / self.world, 1)}
         if self.peak is not None:
             row |= {"mfu": round(speed / self.world * self.flops / self.peak[0], 4), "mfu_of": self.peak[1]}
-            row["memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
+        row["memory_gb"] = round(peak_memory(self.device) / 1e9, 2)
         self.write(row)
         return row
 

@@ -1,6 +1,8 @@
 """A run's ranks: which share a model, which its data, and how a model becomes theirs."""
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -17,10 +19,15 @@ from fms.distributed.mesh import make_mesh
 from fms.training.config import TrainConfig
 from fms.training.ranks import world
 
+log = logging.getLogger(__name__)
+
 
 def mesh_for(config: TrainConfig, device: torch.device) -> DeviceMesh | None:
     """The mesh of the strategy's axes; none for one process. Raises `ValueError` if the ranks do not make it."""
     size, kind = world(), config.distributed
+    if size == 1 and kind != "none" and "RANK" in os.environ:
+        log.warning("torchrun started one process: there is nothing to share out, distributed=%r has no effect", kind)
+        return None
     if not dist.is_initialized() or kind == "none":
         if size > 1 or kind != "none":
             raise ValueError(f"distributed={kind!r} on {size} process{'es' * (size > 1)}: {_remedy(kind)}")
@@ -40,6 +47,8 @@ def share_out(root: Any, config: TrainConfig, mesh: DeviceMesh | None) -> Any:
     """FSDP2 over the mesh's data axes, however many ranks they have; nothing in one process. Returns the root."""
     if mesh is None:
         return root
+    # which would tell each run that norms are summed over two axes in turn
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     low = torch.bfloat16 if config.mixed_precision == "bf16" else None
     shard(root, mesh, reshard=config.zero == 3, param_dtype=low, reduce_dtype=torch.float32 if low else None)
     register_fsdp_forward_method(root, "next_logits")

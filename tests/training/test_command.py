@@ -46,6 +46,39 @@ def test_tuned_and_back_to_transformers(tmp_path: Path, text: Path) -> None:
     assert not torch.allclose(ours, before, atol=1e-2)
 
 
+def test_lora(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("peft")
+    from fms.models import get_model
+
+    model = write_tiny_chat(tmp_path / "model")
+    more = ["--model_path", model, "--lora", 4, "--lora_targets", "query,w1", "--lr", 1e-2, "--schedule", "constant"]
+    assert main(["train", *words(text, *more, "--output", tmp_path / "one", "--export", "hf")]) == 0
+    for steps in (2, 4):
+        assert main(["train", *words(text, *more, "--output", tmp_path / "two", "--steps", steps)]) == 0
+    told = [[row["loss"] for row in read_rows(tmp_path / name) if "loss" in row] for name in ("one", "two")]
+    assert told[0] == told[1]
+    before, after = get_model(model_path=model), get_model(model_path=tmp_path / "one" / "export")
+    ours = dict(after.named_parameters())
+    changed = {name for name, p in before.named_parameters() if not torch.equal(p, ours[name])}
+    assert changed == {f"layers.{n}.{part}.weight" for n in range(2) for part in ("attn.query", "ff.w1")}
+    assert main(["train", *words(text, *more, "--output", tmp_path / "three", "--lora_targets", "query,q_proj")]) == 2
+    assert "no linear layer is called 'q_proj'; there are query, key, value, dense, wg" in capsys.readouterr().err
+
+
+def test_epochs_in_place_of_steps(tmp_path: Path, text: Path) -> None:
+    more = ["--model_path", write_tiny_chat(tmp_path / "model"), "--output", tmp_path / "out", "--report_steps", 100]
+    assert main(["train", *words(text, *more, "--epochs", 0.5, "--batch_size", 8)]) == 0
+    last = read_rows(tmp_path / "out")[-1]
+    rows = last["step"] * 8 * 2
+    tokens = read_rows(tmp_path / "out")[0]["tokens"]
+    assert tokens == last["step"] * 8 * 16
+    from fms.datasets import get_dataset
+    from fms.utils.tokenizers import get_tokenizer
+
+    data = get_dataset("text", get_tokenizer(str(tmp_path / "model")), text, seq_len=16, held_out=0.3)
+    assert data.rows <= rows < data.rows + 16
+
+
 def test_the_script_takes_the_flags_of_the_existing_one(tmp_path: Path, text: Path) -> None:
     more = ["--architecture", "llama", "--variant", "micro", "--model", "nlayers=1,emb_dim=32,nheads=4,kvheads=4"]
     more += ["--tokenizer", "char_tokenizer", "--output_path", tmp_path / "out", "--distributed=none"]

@@ -301,12 +301,12 @@ def test_held_out_data_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture
     config = settings(tmp_path, steps=4, eval_steps=2, sample_steps=4)
     trainer(config, held_out=held_out, sample=lambda root: "a sample").run()
     rows = [row for row in read_rows(tmp_path) if "eval_loss" in row]
-    assert [row["step"] for row in rows] == [2, 4]
-    assert rows[1]["eval_loss"] < rows[0]["eval_loss"]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[2]["eval_loss"] < rows[1]["eval_loss"] < rows[0]["eval_loss"]
     assert "a sample" in capsys.readouterr().err
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[0].startswith("step,tokens,loss,eval_loss,grad_norm,lr")
-    assert len(lines) == 1 + 4 + 2
+    assert len(lines) == 1 + 4 + 3
 
 
 def test_profile(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ WORK: dict[str, dict[str, Any]] = {
     "tp": {"distributed": "tp"},
     "tp, tokens too": {"distributed": "tp", "sequence_parallel": True},
     "tp+fsdp": {"distributed": "tp+fsdp"},
+    "tp+fsdp, tokens too": {"distributed": "tp+fsdp", "sequence_parallel": True},
     "fsdp, recompute": {"distributed": "fsdp", "activation_checkpointing": "full"},
     "tp+fsdp, recompute some": {"distributed": "tp+fsdp", "activation_checkpointing": "selective"},
 }
@@ -121,10 +122,10 @@ def losses(output: Path) -> list[float]:
 @pytest.mark.parametrize("work", [work for work in WORK if work != "none"])
 def test_equals_one_process_and_resumes_elsewhere(ranks: Ranks, work: str, tmp_path: Path) -> None:
     tied = {"tie_heads": work in ("fsdp", "tp+fsdp")}
-    want = trained(None, "none", str(tmp_path / "one"), 4, tied)
+    want = trained(None, "none", str(tmp_path / "one"), 6, tied)
     first = str(tmp_path / "many")
-    ranks.run(4, trained, work, first, 2, tied)
-    for got in ranks.run(4, trained, "fsdp" if "tp" in work else "tp+fsdp", first, 4, tied):
+    ranks.run(4, trained, work, first, 3, tied)
+    for got in ranks.run(4, trained, "fsdp" if "tp" in work else "tp+fsdp", first, 6, tied):
         for name, parameter in want.items():
             torch.testing.assert_close(got[name], parameter, rtol=1e-7, atol=1e-7, msg=name)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
