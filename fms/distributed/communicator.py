@@ -7,14 +7,14 @@ autograd, which gives an all-reduce another all-reduce as its gradient.
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from fms.distributed.symmetric import SymmetricMemory, set_up
@@ -46,6 +46,7 @@ class Communicator:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.sequence_parallel = sequence_parallel and self.size > 1
         self.tokens: int | None = None
+        self.opened: dict[int, Tensor] = {}
         self.counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         # asked directly: the group's own call costs the host several times as much
         self._backend: Any = group._get_backend(torch.device(device_type))
@@ -74,8 +75,21 @@ class Communicator:
         if torch.compiler.is_compiling():
             return parameter.to_local(grad_placements=[Partial()] if partial else None)
         if torch.is_grad_enabled() and parameter.requires_grad:
-            return _Local.apply(parameter, self if partial else None)
+            shard = self.opened.get(id(parameter))
+            return _Local.apply(parameter, self if partial else None) if shard is None else shard
         return parameter._local_tensor
+
+    def open(self, split: Sequence[tuple[nn.Module, str]]) -> None:
+        """Take the shards of a sub-layer's parameters in one step of autograd: steps cost the host as products do."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        parameters: list[Any] = [module._parameters[name] for module, name in split]
+        parameters = [p for p in parameters if isinstance(p, DTensor) and p.requires_grad and p._spec.mesh.ndim == 1]
+        if parameters:
+            self.opened = dict(zip(map(id, parameters), _Locals.apply(*parameters), strict=True))
+
+    def close(self) -> None:
+        self.opened = {}
 
     def begin(self, tokens: int) -> None:
         shared = self.sequence_parallel and (tokens >= FEW or (torch.is_grad_enabled() and tokens > 1))
@@ -187,6 +201,23 @@ class _Local(torch.autograd.Function):
         if ctx.partial is not None:
             gradient = ctx.partial.sum(gradient.clone())
         return DTensor(gradient, ctx.spec, requires_grad=False), None
+
+
+class _Locals(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parameters: DTensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.specs = [parameter._spec for parameter in parameters]
+        return tuple([parameter._local_tensor.detach() for parameter in parameters])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[DTensor | None, ...]:
+        return tuple(
+            [
+                None if gradient is None else DTensor(gradient, spec, requires_grad=False)
+                for gradient, spec in zip(gradients, ctx.specs, strict=True)
+            ]
+        )
 
 
 class _Same(torch.autograd.Function):

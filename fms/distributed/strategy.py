@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fms.distributed.communicator import Communicator
-from fms.modules.tp import WORDS, Repeated, form
+from fms.modules.tp import WORDS, Entered, Repeated, form
 from fms.utils.tp_plan import pad_model, plan_for
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ class TensorParallel:
             module.comm = self.comm
             if isinstance(module, Repeated):
                 module.rows = self._rows_of(model.get_submodule(name.rpartition(".")[0]), module)
+        for module in model.modules():
+            if isinstance(module, Entered):
+                module.split = [(part, leaf) for part in module.modules() for leaf in getattr(part, "shards", ())]
         model.comm = self.comm
 
     def _share(self, name: str, module: Any, word: str, placed: dict[int, nn.Parameter]) -> None:

@@ -6,7 +6,7 @@ looks at a model from outside sees whole tensors, and gives each named module th
 `weight` and `bias` are this rank's shards, plain tensors, and which calls a communicator. Neither knows of processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Protocol
@@ -30,6 +30,11 @@ class Communicator(Protocol):
 
     def local(self, parameter: Any, partial: bool = False) -> Any:
         """The shard of a parameter; `partial` if its gradient here is only a part of the sum over ranks."""
+
+    def open(self, split: Sequence[tuple[nn.Module, str]]) -> None:
+        """`local` will be asked for these parameters, none of them partial, until `close`."""
+
+    def close(self) -> None: ...
 
     def enter(self, x: Tensor) -> Tensor:
         """x (b, s, ...) of all tokens; its gradient is summed over ranks."""
@@ -64,12 +69,17 @@ def resharded(parameter: Any, shard: Tensor) -> Tensor:
 
 
 class Entered(nn.Module):
-    """A sub-layer: its input is entered, once for all that read it."""
+    """A sub-layer: its input is entered, once for all that read it; `split` has its parts' parameters that are."""
 
     comm: Communicator
+    split: Sequence[tuple[nn.Module, str]] = ()
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        return super().forward(self.comm.enter(x), *args)
+        self.comm.open(self.split)
+        try:
+            return super().forward(self.comm.enter(x), *args)
+        finally:
+            self.comm.close()
 
 
 class Summed(Entered):

@@ -214,8 +214,10 @@ def test_one_collective_more_for_the_token(ranks: Ranks) -> None:
         assert counts == {"all_reduce": 1 + 2 * LAYERS, "all_gather": 1}
 
 
-def loaded(mesh: Any, path: str, frozen: bool) -> tuple[Tensor, dict[str, Tensor], int]:
-    model = get_model(model_path=path, distributed_strategy="tp", group=mesh)
+def loaded(mesh: Any, path: str, case: str, frozen: bool) -> tuple[Tensor, dict[str, Tensor], int]:
+    architecture, variant, fields = CASES[case]
+    named = (architecture, variant) if path.endswith("fms") else (None, None)  # those files do not say what they are
+    model = get_model(*named, path, distributed_strategy="tp", group=mesh, **(fields if all(named) else {}))
     held = sum(p._local_tensor.numel() for p in model.parameters())
     if frozen:
         freeze(model)
@@ -224,16 +226,16 @@ def loaded(mesh: Any, path: str, frozen: bool) -> tuple[Tensor, dict[str, Tensor
         return model(some_ids(2, 9)), state, held
 
 
-@pytest.mark.parametrize("to", ["own", "hf", "meta"])
+@pytest.mark.parametrize("to", ["own", "hf", "meta", "fms"])
 def test_files_are_read_into_shards(ranks: Ranks, to: str, tmp_path: Any) -> None:
-    case = "llama, two key heads, tied" if to != "meta" else "llama"
+    case = "llama, two key heads, tied" if to in ("own", "hf") else "llama"
     model = random_model(case)
-    save_model(model, tmp_path / "out", to)
+    save_model(model, tmp_path / to, to)
     with torch.no_grad():
         want = model(some_ids(2, 9))
     whole = sum(p.numel() for p in model.parameters())
     for frozen in (False, True):
-        for logits, state, held in ranks.run(2, loaded, str(tmp_path / "out"), frozen):
+        for logits, state, held in ranks.run(2, loaded, str(tmp_path / to), case, frozen):
             torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
             assert held < 0.55 * whole
             assert state.keys() == model.state_dict().keys()
