@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEAK = 989e12  # FLOP/s: dense bf16 of the H100's and H200's data sheets
 FULL = {"emb_dim": 2048, "nlayers": 16, "nheads": 32, "kvheads": 8, "head_dim": 64, "hidden_dim": 8192}
 FULL |= {"src_vocab_size": 128_256, "max_expected_seq_len": 8192}
+EIGHT = FULL | {"emb_dim": 4096, "nlayers": 32, "head_dim": 128, "hidden_dim": 14_336}
 TINY = {"emb_dim": 256, "nlayers": 2, "nheads": 4, "kvheads": 2, "head_dim": 64, "hidden_dim": 1024}
 TINY |= {"src_vocab_size": 1000, "max_expected_seq_len": 256}
 # what differs from `fms train --mixed_precision bf16 --compile blocks`; the first is that, and torchtitan follows it
@@ -40,6 +41,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "tuned": {"env": {"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}},
     "plain loss": {"plain_loss": True},
     "max": {"compile": "max"},
+    # 8 billion parameters: weights and the optimizer's states in bf16, as one GPU has room for
+    "fms 8b": {"shape": EIGHT, "dtype": "bf16", "batch": 2},
+    "torchtitan 8b": {"shape": EIGHT, "dtype": "bf16", "batch": 2},
 }
 QUICK = "fms,torchtitan,flash,tuned,autocast"
 
@@ -95,7 +99,11 @@ def apart(form: str, args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, __file__, "--one", form, "--json", said.name, *(["--tiny"] if args.tiny else [])]
         for name in ("warmup", "steps", "batch", "seq_len"):
             command += [f"--{name}", str(getattr(args, name))]
-        paths = [str(ROOT), *([args.unpacked] if form == "torchtitan" else []), os.environ.get("PYTHONPATH", "")]
+        paths = [
+            str(ROOT),
+            *([args.unpacked] if form.startswith("torchtitan") else []),
+            os.environ.get("PYTHONPATH", ""),
+        ]
         env = os.environ | FORMS[form].get("env", {}) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         try:
             done = subprocess.run(command, timeout=args.seconds, env=env, capture_output=True, text=True)
@@ -106,15 +114,23 @@ def apart(form: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def one(args: argparse.Namespace) -> None:
-    shape = TINY if args.tiny else FULL
+    form = FORMS[args.one]
+    shape = TINY if args.tiny else form.get("shape", FULL)
+    args.batch = form.get("batch", args.batch)
     if args.tiny:
         args.seq_len, args.batch = 64, 2
-    row: dict[str, Any] = {"form": args.one, "torch": torch.__version__, "batch": args.batch, "seq_len": args.seq_len}
+    row: dict[str, Any] = {
+        "form": args.one,
+        "dtype": form.get("dtype", "fp32"),
+        "torch": torch.__version__,
+        "batch": args.batch,
+        "seq_len": args.seq_len,
+    }
     if torch.cuda.is_available():
         row["device"] = torch.cuda.get_device_name()
     try:
         begun = time.perf_counter()
-        make = titan if args.one == "torchtitan" else ours
+        make = titan if args.one.startswith("torchtitan") else ours
         with contextlib.ExitStack() as stack:
             step, more = make(args, shape, stack)
             row |= more | {"build_s": round(time.perf_counter() - begun, 1)} | timed(step, args, shape)
@@ -219,6 +235,7 @@ def ours(args: argparse.Namespace, shape: dict[str, Any], stack: contextlib.Exit
         batch_size=args.batch,
         mixed_precision="none" if form.get("autocast") else "bf16",
         compile=form.get("compile", "blocks"),
+        dtype=form.get("dtype", "fp32"),
         output=stack.enter_context(tempfile.TemporaryDirectory()),
     )
     device = launch("auto")
@@ -360,6 +377,7 @@ def titan(args: argparse.Namespace, shape: dict[str, Any], stack: contextlib.Exi
     config.model.name, config.model.flavor = "this", "this"
     config.training.local_batch_size, config.training.seq_len = args.batch, args.seq_len
     config.training.steps = 10_000
+    config.training.dtype = "bfloat16" if FORMS[args.one].get("dtype") == "bf16" else "float32"
     config.activation_checkpoint.mode = "none"
     config.compile.enable = True
     config.optimizer.implementation = "fused" if torch.cuda.is_available() else "foreach"
