@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.kernels.skinny import HALF, epsilon, machine, power, start
+from fms.kernels.skinny import HALF, epsilon, machine, passes, power, start
 
 PARTS = 64  # the most that a row's keys are split into
 BLOCK = 64  # keys that are read at once
@@ -107,10 +107,14 @@ def attend_packed(
     causal: bool = True,
     norms: Norms | None = None,
 ) -> Tensor:
-    """`attend` on what a fused projection gives, (b, s, (heads + 2 kvheads) * d): query, key and value heads."""
+    """`attend` on what a fused projection gives, (b, s, (heads + 2 kvheads) * d): query, key and value heads. It may
+    use the room of `qkv` for its own."""
     step: Step | None = getattr(layer, "step", None)
     if step is not None and mask is None and qkv.dtype == layer.k.dtype and _simple(qkv, norms):  # type: ignore[union-attr]
         return _step(qkv, angles, layer, step, head_dim**-0.5 if scale is None else scale, norms)
+    if passes(qkv) and _simple(qkv, norms) and qkv.is_contiguous() and head_dim % 2 == 0 and (angles or norms):
+        _rotate(qkv, kvheads, head_dim, angles, norms)
+        angles = norms = None
     qk, v = qkv.unflatten(-1, (-1, head_dim)).tensor_split((-kvheads,), dim=2)
     if norms is not None:
         q, k = qk.tensor_split((-kvheads,), dim=2)
@@ -156,6 +160,24 @@ def _simple(qkv: Tensor, norms: Norms | None) -> bool:
     if torch.is_grad_enabled() and qkv.requires_grad:
         return False
     return norms is None or all(isinstance(norm, nn.RMSNorm) and norm.weight is not None for norm in norms)
+
+
+def _rotate(qkv: Tensor, kvheads: int, head_dim: int, angles: Angles | None, norms: Any) -> None:
+    """Normalise and rotate packed query and key heads where they lie."""
+    from fms.kernels.gpu import rows as kernels
+
+    b, s, width = qkv.shape
+    cos, sin = (qkv, qkv) if angles is None else (t.contiguous() for t in angles)
+    q_norm, k_norm, eps = (qkv, qkv, 0.0) if norms is None else (norms[0].weight, norms[1].weight, epsilon(norms[0]))
+    angle_rows = s if angles is not None and cos.shape[0] > 1 else 0
+    heads, block = width // head_dim - 2 * kvheads, 16
+
+    def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
+        named = {"H": heads, "KV": kvheads, "D": head_dim, "HP": power(head_dim // 2), "BLOCK": block}
+        return (b * s, -(-(heads + kvheads) // block)), named | {"ROPE": angles is not None, "NORM": norms is not None}
+
+    key = (b * s, heads, kvheads, head_dim, angles is None, norms is None)
+    start(kernels.rotate, (qkv, cos, sin, q_norm, k_norm, s, angle_rows, float(eps)), sizes, key)
 
 
 def _step(qkv: Tensor, angles: Angles | None, layer: Any, step: Step, scale: float, norms: Any) -> Tensor:
@@ -224,11 +246,11 @@ def attend_step(
             "CAPACITY": capacity,
             "SPLITS": splits,
             "BLOCK": BLOCK,
-            "FLAT": min(1024, power(group * head_dim)),
+            "GB": max(min(8192 // splits // power(head_dim), power(group)), 1),
             "ROPE": cos is not None,
             "NORM": q_norm is not None,
             "EARLY": known.early,
-            "num_warps": 2 if padded <= 16 else 4,
+            "num_warps": 4,
         }
 
     start(

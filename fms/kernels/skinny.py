@@ -56,6 +56,18 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def passes(x: Tensor) -> bool:
+    """Whether kernels take activations x, however many rows; a compiler makes such passes by itself."""
+    return (
+        x.is_cuda
+        and x.dtype in HALF
+        and x.numel() > 0
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.compiler.is_compiling()
+        and machine(x.device) is not None
+    )
+
+
 def norm_kind(norm: nn.Module | None) -> int | None:
     """0: none, 1: RMSNorm, 2: LayerNorm, as the kernels number them; `None`: another, which they don't know."""
     if norm is None:
@@ -108,28 +120,41 @@ def power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def parts(k: int) -> dict[str, int]:
+    """Powers of two that a row of k is read in, the second 1 where one does."""
+    half = power(k) // 2
+    return {"KP": half, "KQ": power(k - half)} if 2048 <= half < k <= half + half // 2 else {"KP": power(k), "KQ": 1}
+
+
 @cache
 def choose(rows: int, n: int, k: int, norm: int, gated: bool, processors: int) -> Choice | None:
     """What measured best on an H200 (benchmarks/notes.md); `None` where the norm must be applied before."""
     if rows > 2:
+        if norm:
+            return None
         m = max(16, power(rows))
-        wide = {"M": m, "BN": 32, "BK": 128 if gated else 256, "STAGES": 5 if m == 16 or not gated else 3}
-        return None if norm else Choice("tile", wide, 4 if m == 32 and not gated else 2)
-    if k == power(k) <= 8192 or k < 2048:
-        large = n * (1 + gated) * k > 200 << 20
         if gated:
-            bn, per, stages = (2, 2, 3) if large else (1, 4, 3)
+            bn, bk, stages, warps = (64, 64, 5, 4) if m == 16 else (32, 128, 3, 2)
         else:
-            bn, per, stages = (2, 4, 3) if large else (2, 8 if n > 8192 else 4, 1)
-        sizes = {"KP": power(k), "BN": bn, "GRID": processors * per, "STAGES": stages}
-        return Choice("stream", sizes, 8 if large and not gated else 4)
-    if norm and k <= 8192:
-        return Choice("stream", {"KP": power(k), "BN": 1, "GRID": processors * 8, "STAGES": 3}, 4)
+            bn, bk, stages, warps = 32, 128 if n > 8192 and m == 16 else 256, 5, 2 if m == 16 else 4
+        return Choice("tile", {"M": m, "BN": bn, "BK": bk, "STAGES": stages}, warps)
+    if k == power(k) <= 8192 or k < 2048 or (norm and k <= 8192):
+        read = parts(k)
+        large = n * k > 100 << 20
+        if read["KQ"] > 1:
+            bn, per, stages, warps = 1, 3 if gated else 8, 3, 4
+        elif gated:
+            bn, per, stages, warps = (2, 2, 3, 4) if large else (1, 4, 3, 4)
+        else:
+            bn, per, stages, warps = (2, 4, 3, 8) if large else (2, 8 if n > 8192 else 4, 1, 4)
+        return Choice("stream", read | {"BN": bn, "GRID": processors * per, "STAGES": stages}, warps)
     if norm == 2:
         return None
-    if k > 12_000 and not gated:
-        return Choice("walk", {"BK": 2048, "BN": 4}, 4)
-    return Choice("walk", {"BK": 1024, "BN": 2 if gated or k < 8192 else 8}, 4)
+    if gated or k < 8192:
+        return Choice("walk", {"BK": 1024, "BN": 2, "STAGES": 0}, 4)
+    if n <= 8 * 4 * processors:  # all programs are there at once
+        return Choice("walk", {"BK": 512, "BN": 8, "STAGES": 4}, 4)
+    return Choice("walk", {"BK": 1024, "BN": 4, "STAGES": 4}, 4)
 
 
 def launch(
@@ -160,7 +185,7 @@ def launch(
     made = choice or choose(rows, n, k, norm, gated, m.multiprocessors)
     if made is None:
         assert norm_weight is not None
-        x, norm = normalise(x, norm, norm_weight, norm_bias, eps), 0
+        x, norm = normalise_rows(x, norm, norm_weight, norm_bias, eps, m), 0
         made = choose(rows, n, k, 0, gated, m.multiprocessors)
         assert made is not None
     form, numbers, warps = made
@@ -203,12 +228,27 @@ def start(kernel: Any, given: tuple[Any, ...], sizes: Callable[[], Sizes], key: 
         run, constants = found
         return run(*given, *constants)
     grid, named = sizes()
-    if named["EARLY"]:
+    if named.get("EARLY"):
         named["launch_pdl"] = True
     compiled = kernel[grid](*given, **named)
     if compiled is not None:  # the interpreter compiles nothing
         constants = [named[name] for name in kernel.arg_names[len(given) :]]
         _started[key] = compiled[(*grid, 1, 1)[:3]], constants
+
+
+def normalise_rows(x: Tensor, norm: int, weight: Tensor, bias: Tensor | None, eps: float, m: Machine) -> Tensor:
+    """`normalise`, by a kernel that is launched early and lets the next one be."""
+    from fms.kernels.gpu import rows as kernels
+
+    k = x.shape[-1]
+    y = torch.empty_like(x)
+
+    def sizes() -> Sizes:
+        named = {"K": k, "KP": power(k), "LAYER": norm == 2, "EARLY": m.early, "num_warps": 8 if k > 2048 else 4}
+        return (x.numel() // k,), named
+
+    start(kernels.norm, (x, weight, weight if bias is None else bias, y, float(eps)), sizes, (x.numel() // k, k, norm))
+    return y
 
 
 def normalise(x: Tensor, norm: int, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

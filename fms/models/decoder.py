@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fms.modules.cache import Cache, Recompute, StaticCache
 from fms.modules.head import Head
 from fms.modules.initial import reset_parameters
-from fms.modules.positions import Rope
+from fms.modules.positions import Angles, Rope
 from fms.modules.rolling import RollingCache
 from fms.modules.tp import Communicator, Plan, embedded
 from fms.utils.config import CausalConfig
@@ -82,11 +82,13 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        angles: Angles | None = None,
     ) -> Tensor:
         """States after the last norm, (b, s, emb_dim), of token ids (b, s) or of embeddings (b, s, emb_dim).
 
         `mask`: True (or 0.0) where a query may look, broadcasting to (b, heads, s, kv) or of shape (b, s, kv); causal
-        without one. `position_ids` (b or 1, s) default to the place in the sequence.
+        without one. `position_ids` (b or 1, s) default to the place in the sequence. `angles` are `rope`'s for them,
+        from whoever has them already.
         """
         s = input_ids.shape[1]
         self._check_length(s)
@@ -103,7 +105,8 @@ class Decoder(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         x = self.emb_dropout(x)
-        angles = self.rope(positions, cache.span) if self.rope else None
+        if angles is None and self.rope:
+            angles = self.rope(positions, cache.span)
         for block, layer in zip(self.layers, cache.layers, strict=True):
             x = block(x, angles, mask, layer)
         return self.dec_norm(x)
@@ -115,6 +118,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        angles: Angles | None = None,
         last_n_tokens: int = 0,
         local: bool = False,
     ) -> Tensor:
@@ -122,7 +126,7 @@ class Decoder(nn.Module):
 
         `local`: those of this rank's share of the vocabulary, where several ranks hold the model.
         """
-        h = self.hidden(input_ids, position_ids=position_ids, mask=mask, cache=cache)[:, -last_n_tokens:]
+        h = self.hidden(input_ids, position_ids=position_ids, mask=mask, cache=cache, angles=angles)[:, -last_n_tokens:]
         return self.head.local(h) if local else self.head(h)
 
     def reset_parameters(self) -> None:

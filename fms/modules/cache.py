@@ -78,6 +78,7 @@ class StaticCache:
         self.lengths: Tensor | None = None  # (b, 1), where rows differ
         self.take: Tensor | None = None  # (b, 1)
         self.span: int | Tensor = max_len
+        self.rows = torch.arange(batch, device=self.device)[:, None]
         self.steady = False  # passes are of one token at `lengths`, and whoever set this moves those on, on the device
         keys = self.layers[0].k
         self.scratch = Scratch(keys) if serves_step(keys) else None
@@ -86,16 +87,15 @@ class StaticCache:
         first, end = (0, self.max_len) if self.steady else (self.length, self.length + n)
         if end > self.max_len:
             raise ValueError(f"{first} tokens in the cache and {n} new ones are more than its max_len={self.max_len}")
-        steps = torch.arange(n, device=self.device)
         slots, mask, step = None, None, None
         serves = self.scratch is not None and n == 1
         if self.lengths is None:
-            positions = (steps + first)[None]
+            positions = (torch.arange(n, device=self.device) + first)[None]
             if first and n > 1:
                 mask = visible(positions, torch.arange(end, device=self.device)[None])
         else:
-            positions = self.lengths if n == 1 else self.lengths + steps
-            slots = torch.arange(self.batch, device=self.device)[:, None], positions
+            positions = self.lengths if n == 1 else self.lengths + torch.arange(n, device=self.device)
+            slots = self.rows, positions
             if not serves:
                 mask = visible(positions, torch.arange(end, device=self.device)[None])
         if serves:

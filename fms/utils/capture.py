@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fms.kernels.next_token import choose_greedily, make_rows, move_on, stop
 from fms.modules.cache import StaticCache
 from fms.utils.sampling import Sampling, choose
 
@@ -20,23 +21,26 @@ class CapturedStep:
     def __init__(self, model: Any, cache: StaticCache, how: Sampling | None = None, eos: Collection[int] = ()):
         if how is not None and how.repetition_penalty != 1:
             raise ValueError("a repetition penalty is not part of the captured step")
-        b, device = cache.batch, cache.device
         self.model, self.cache, self.how = model, cache, how or Sampling()
-        self.eos = torch.tensor(sorted(eos), dtype=torch.long, device=device)
-        self.rows = torch.arange(b, device=device)
-        self.lengths, self.ends, self.going, self.fed = torch.zeros(4, b, 1, dtype=torch.long, device=device).unbind()
-        self.tokens = torch.zeros(b, dtype=torch.long, device=device)  # the newest; -1 where logits were not finite
+        self.rows = make_rows(cache.batch, sorted(eos), cache.device)
+        self.numbers = torch.arange(cache.batch, device=cache.device)
+        self.angles: Tensor | None = None  # (2, b or 1, max_len, 1, head_dim): cos and sin of all positions
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """The newest (b); -1 where logits were not finite."""
+        return self.rows.tokens
 
     def begin(self, tokens: Tensor, ends: Sequence[int] | Tensor) -> None:
         """Go on behind what the cache holds with each row's last `tokens` (b); a row has at most ends[row] tokens."""
-        held = torch.tensor(self.cache.held())[:, None]
-        self.lengths.copy_(held)
-        self.ends.copy_(torch.as_tensor(ends).view(-1, 1))
-        self.fed.copy_(tokens.view(-1, 1))
-        self.cache.lengths, self.cache.steady = self.lengths, True
-        self.going.fill_(1)
-        self._end()
+        rows = self.rows
+        rows.lengths.copy_(torch.tensor(self.cache.held())[:, None])
+        rows.ends.copy_(torch.as_tensor(ends).view(-1, 1))
+        rows.fed.copy_(tokens.view(-1, 1))
+        self.cache.lengths, self.cache.steady = rows.lengths, True
+        rows.going.fill_(1)
+        stop(rows)
         if self.graph is None:
             self._capture()
 
@@ -50,10 +54,14 @@ class CapturedStep:
         self.cache.hold(lengths)
 
     def _capture(self) -> None:
-        kept = [t.clone() for t in (self.lengths, self.going, self.fed)]
+        if self.model.rope:
+            everywhere = torch.arange(self.cache.max_len, device=self.cache.device)[None]
+            self.angles = torch.stack(self.model.rope(everywhere, self.cache.span))
+        state = self.rows.lengths, self.rows.going, self.rows.fed
+        kept = [t.clone() for t in state]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.cache.device)
         self._step()  # compiles kernels; what it writes to the cache, the first replay writes again
-        for kept_one, t in zip(kept, (self.lengths, self.going, self.fed), strict=True):
+        for kept_one, t in zip(kept, state, strict=True):
             t.copy_(kept_one)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # not torch.cuda.graph: that empties the allocator's store and collects garbage
@@ -66,14 +74,11 @@ class CapturedStep:
         self.graph = graph
 
     def _step(self) -> None:
-        logits = self.model(self.fed, cache=self.cache, last_n_tokens=1)[:, -1]
-        tokens, fit = choose(logits, self.how, self.rows, self.lengths[:, 0] + 1)
-        self.tokens.copy_(torch.where(fit, tokens, -1))
-        self.fed.copy_(tokens[:, None])
-        self.lengths.add_(self.going)
-        self._end()
-
-    def _end(self) -> None:
-        """Stop rows whose last token, not fed yet, is their end."""
-        last = (self.fed == self.eos).any(-1, keepdim=True) | (self.lengths + 1 >= self.ends)
-        self.going.masked_fill_(last, 0)
+        rows, angles = self.rows, None
+        if self.angles is not None:
+            of_a_row = self.numbers[:, None] if self.angles.shape[1] > 1 else 0
+            angles = self.angles[:, of_a_row, rows.lengths].unbind()
+        logits = self.model(rows.fed, cache=self.cache, last_n_tokens=1, angles=angles)[:, -1]
+        if self.how.greedy:
+            return choose_greedily(logits, rows)
+        move_on(*choose(logits, self.how, self.numbers, rows.lengths[:, 0] + 1), rows)

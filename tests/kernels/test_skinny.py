@@ -23,8 +23,10 @@ from fms.kernels.skinny import (
 )
 from fms.modules.feedforward import ACTIVATIONS
 
-STREAM = Choice("stream", {"KP": 128, "BN": 2, "GRID": 3, "STAGES": 2}, 4)
-WALK = Choice("walk", {"BK": 64, "BN": 4}, 4)
+STREAM = Choice("stream", {"KP": 128, "KQ": 1, "BN": 2, "GRID": 3, "STAGES": 2}, 4)
+PARTS = Choice("stream", {"KP": 64, "KQ": 64, "BN": 2, "GRID": 3, "STAGES": 2}, 4)
+WALK = Choice("walk", {"BK": 64, "BN": 4, "STAGES": 0}, 4)
+LOOP = Choice("walk", {"BK": 64, "BN": 4, "STAGES": 2}, 4)
 TILE = Choice("tile", {"BK": 64, "BN": 16, "STAGES": 3, "M": 16}, 2)
 KINDS = (None, nn.RMSNorm, nn.LayerNorm)
 
@@ -78,7 +80,11 @@ def forms(rows: int, kind: type | None) -> list[Choice]:
     tile = TILE._replace(sizes=TILE.sizes | {"M": 32 if rows > 16 else 16})
     if rows > 2:
         return [] if kind is not None else [tile]
-    return {None: [STREAM, WALK, tile], nn.RMSNorm: [STREAM, WALK], nn.LayerNorm: [STREAM]}[kind]
+    return {
+        None: [STREAM, PARTS, WALK, LOOP, tile],
+        nn.RMSNorm: [STREAM, PARTS, WALK, LOOP],
+        nn.LayerNorm: [STREAM, PARTS],
+    }[kind]
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
@@ -158,5 +164,5 @@ def test_every_shape_has_a_choice(rows: int) -> None:
             assert norm
             continue
         assert choice.form == "tile" or rows <= 2
-        assert choice.sizes.get("KP", k) >= k
+        assert choice.sizes.get("KP", k) + choice.sizes.get("KQ", 0) >= k
         assert choice.sizes.get("M", rows) >= rows

@@ -9,7 +9,7 @@ Each kernel may be launched before the one it depends on has ended (programmatic
 weights meanwhile; all that an earlier kernel wrote is read, and everything is written, behind `gdc_wait`.
 """
 
-# ruff: noqa: N803 (what is known when a kernel is compiled is written in capitals)
+# ruff: noqa: N803, N806 (what is known when a kernel is compiled is written in capitals)
 
 import triton
 import triton.language as tl
@@ -36,114 +36,157 @@ def finish(
 
 
 @triton.jit
-def normalised(x, g, b, k, eps, K: tl.constexpr, LAYER: tl.constexpr):
-    """(x times g, what the products are to be multiplied by), or with LayerNorm (norm(x), 1)."""
+def normalised(x1, x2, g1, g2, b1, b2, k1, k2, eps, K: tl.constexpr, LAYER: tl.constexpr, TWO: tl.constexpr):
+    """Two parts of (x times g), and what the products are to be multiplied by; with LayerNorm of norm(x), and 1."""
     if LAYER:
-        x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)
-    factor = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+        mean = tl.sum(x1, 0) / K
+        if TWO:
+            mean += tl.sum(x2, 0) / K
+            x2 = tl.where(k2 < K, x2 - mean, 0.0)
+        x1 = tl.where(k1 < K, x1 - mean, 0.0)
+    square = tl.sum(x1 * x1, 0)
+    if TWO:
+        square += tl.sum(x2 * x2, 0)
+        x2 *= g2
+    factor, x1 = tl.rsqrt(square / K + eps), x1 * g1
     if LAYER:
-        x = x * factor * g + b
-        factor = 1.0
-    else:
-        x *= g
-    return x, factor
+        x1, x2, factor = x1 * factor + b1, x2 * factor + b2, 1.0
+    return x1, x2, factor
+
+
+@triton.jit
+def rows_times(w1, w2, a1, a2, b1, b2, fa, fb, ROWS: tl.constexpr, TWO: tl.constexpr):
+    """Fetched rows of a weight, in two parts, times the rows a and b."""
+    w1 = w1.to(tl.float32)
+    ra = tl.sum(w1 * a1[None, :], 1)
+    rb = ra
+    if ROWS == 2:
+        rb = tl.sum(w1 * b1[None, :], 1)
+    if TWO:
+        w2 = w2.to(tl.float32)
+        ra += tl.sum(w2 * a2[None, :], 1)
+        if ROWS == 2:
+            rb += tl.sum(w2 * b2[None, :], 1)
+    return ra * fa, rb * fb
 
 
 @triton.jit
 def stream(
     x, g, b, w, bias, residual, y, eps, scale,
-    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, GRID: tl.constexpr,
-    STAGES: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
-    ADD: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, KQ: tl.constexpr, BN: tl.constexpr,
+    GRID: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr,
+    BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    k, n = tl.arange(0, KP), tl.program_id(0) * BN + tl.arange(0, BN)
-    w0 = fetch(w, n, k, N, K)
-    u0 = w0
+    TWO: tl.constexpr = KQ > 1
+    k1, k2, n = tl.arange(0, KP), KP + tl.arange(0, KQ), tl.program_id(0) * BN + tl.arange(0, BN)
+    w1 = fetch(w, n, k1, N, K)
+    w2, u1, u2 = w1, w1, w1
+    if TWO:
+        w2 = fetch(w, n, k2, N, K)
     if GLU:
-        u0 = fetch(w + N * K, n, k, N, K)
-    g0 = tl.zeros((KP,), tl.float32)
-    b0 = g0
+        u1 = fetch(w + N * K, n, k1, N, K)
+        if TWO:
+            u2 = fetch(w + N * K, n, k2, N, K)
+    g1, g2 = tl.zeros((KP,), tl.float32), tl.zeros((KQ,), tl.float32)
+    c1, c2 = g1, g2
     if NORM > 0:
-        g0 = vector(g, k, k < K)
+        g1, g2 = vector(g, k1, k1 < K), vector(g, k2, k2 < K)
     if NORM == 2:
-        b0 = vector(b, k, k < K)
+        c1, c2 = vector(b, k1, k1 < K), vector(b, k2, k2 < K)
     early(EARLY)
-    xa = vector(x, k, k < K)
-    xb = xa
+    a1, a2 = vector(x, k1, k1 < K), vector(x, k2, k2 < K)
+    b1, b2 = a1, a2
     fa, fb = 1.0, 1.0
     if ROWS == 2:
-        xb = vector(x + K, k, k < K)
+        b1, b2 = vector(x + K, k1, k1 < K), vector(x + K, k2, k2 < K)
     if NORM > 0:
-        xa, fa = normalised(xa, g0, b0, k, eps, K, NORM == 2)
+        a1, a2, fa = normalised(a1, a2, g1, g2, c1, c2, k1, k2, eps, K, NORM == 2, TWO)
         if ROWS == 2:
-            xb, fb = normalised(xb, g0, b0, k, eps, K, NORM == 2)
-    wf = w0.to(tl.float32)
-    uf = u0.to(tl.float32)
-    ua = tl.zeros((BN,), tl.float32)
+            b1, b2, fb = normalised(b1, b2, g1, g2, c1, c2, k1, k2, eps, K, NORM == 2, TWO)
+    ra, rb = rows_times(w1, w2, a1, a2, b1, b2, fa, fb, ROWS, TWO)
+    ua, ub = ra, rb
     if GLU:
-        ua = tl.sum(uf * xa[None, :], 1) * fa
-    finish(y, bias, residual, n, 0, tl.sum(wf * xa[None, :], 1) * fa, ua, scale, N, ACT, GLU, BIAS, ADD)
+        ua, ub = rows_times(u1, u2, a1, a2, b1, b2, fa, fb, ROWS, TWO)
+    finish(y, bias, residual, n, 0, ra, ua, scale, N, ACT, GLU, BIAS, ADD)
     if ROWS == 2:
-        if GLU:
-            ua = tl.sum(uf * xb[None, :], 1) * fb
-        finish(y, bias, residual, n, 1, tl.sum(wf * xb[None, :], 1) * fb, ua, scale, N, ACT, GLU, BIAS, ADD)
+        finish(y, bias, residual, n, 1, rb, ub, scale, N, ACT, GLU, BIAS, ADD)
     for at in tl.range(tl.program_id(0) * BN + GRID * BN, N, GRID * BN, num_stages=STAGES):
         m = at + tl.arange(0, BN)
-        wl = fetch(w, m, k, N, K).to(tl.float32)
-        ul = wl
-        ub = tl.zeros((BN,), tl.float32)
+        v1 = fetch(w, m, k1, N, K)
+        v2 = v1
+        if TWO:
+            v2 = fetch(w, m, k2, N, K)
+        ra, rb = rows_times(v1, v2, a1, a2, b1, b2, fa, fb, ROWS, TWO)
+        ua, ub = ra, rb
         if GLU:
-            ul = fetch(w + N * K, m, k, N, K).to(tl.float32)
-            ub = tl.sum(ul * xa[None, :], 1) * fa
-        finish(y, bias, residual, m, 0, tl.sum(wl * xa[None, :], 1) * fa, ub, scale, N, ACT, GLU, BIAS, ADD)
+            v1 = fetch(w + N * K, m, k1, N, K)
+            if TWO:
+                v2 = fetch(w + N * K, m, k2, N, K)
+            ua, ub = rows_times(v1, v2, a1, a2, b1, b2, fa, fb, ROWS, TWO)
+        finish(y, bias, residual, m, 0, ra, ua, scale, N, ACT, GLU, BIAS, ADD)
         if ROWS == 2:
-            if GLU:
-                ub = tl.sum(ul * xb[None, :], 1) * fb
-            finish(y, bias, residual, m, 1, tl.sum(wl * xb[None, :], 1) * fb, ub, scale, N, ACT, GLU, BIAS, ADD)
+            finish(y, bias, residual, m, 1, rb, ub, scale, N, ACT, GLU, BIAS, ADD)
+
+
+@triton.jit
+def step_of(w, x, g, n, k, ra, rb, ua, ub, sa, sb, ROWS, N, K, NORM, GLU, fetched, fetched_up):
+    """A block of columns k: its products added to the rows' sums, elementwise, and the squares of x to theirs."""
+    inside = k < K
+    wf = fetched.to(tl.float32)
+    uf = wf
+    if GLU:
+        uf = fetched_up.to(tl.float32)
+    xa = vector(x, k, inside)
+    if NORM == 1:
+        weight = vector(g, k, inside)
+        sa += xa * xa
+        xa *= weight
+    ra += wf * xa[None, :]
+    if GLU:
+        ua += uf * xa[None, :]
+    if ROWS == 2:
+        xb = vector(x + K, k, inside)
+        if NORM == 1:
+            sb += xb * xb
+            xb *= weight
+        rb += wf * xb[None, :]
+        if GLU:
+            ub += uf * xb[None, :]
+    return ra, rb, ua, ub, sa, sb
 
 
 @triton.jit
 def walk(
     x, g, b, w, bias, residual, y, eps, scale,
-    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr,
-    ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     k, n = tl.arange(0, BK), tl.program_id(0) * BN + tl.arange(0, BN)
-    w_next = fetch(w, n, k, N, K)
-    u_next = w_next
+    w0 = fetch(w, n, k, N, K)
+    u0 = w0
     if GLU:
-        u_next = fetch(w + N * K, n, k, N, K)
+        u0 = fetch(w + N * K, n, k, N, K)
     early(EARLY)
     ra, rb = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BK), tl.float32)
     ua, ub = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BK), tl.float32)
     sa, sb = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
-    for at in tl.static_range(0, K, BK):
-        wf = w_next.to(tl.float32)
-        uf = wf
-        if GLU:
-            uf = u_next.to(tl.float32)
-        if at + BK < K:
-            w_next = fetch(w, n, at + BK + k, N, K)
+    if STAGES == 0:  # unrolled, a block ahead
+        for at in tl.static_range(0, K, BK):
+            w1, u1 = w0, u0
+            if at + BK < K:
+                w0 = fetch(w, n, at + BK + k, N, K)
+                if GLU:
+                    u0 = fetch(w + N * K, n, at + BK + k, N, K)
+            ra, rb, ua, ub, sa, sb = step_of(w, x, g, n, at + k, ra, rb, ua, ub, sa, sb, ROWS, N, K, NORM, GLU, w1, u1)
+    else:
+        ra, rb, ua, ub, sa, sb = step_of(w, x, g, n, k, ra, rb, ua, ub, sa, sb, ROWS, N, K, NORM, GLU, w0, u0)
+        for at in tl.range(BK, K, BK, num_stages=STAGES):
+            w1 = fetch(w, n, at + k, N, K)
+            u1 = w1
             if GLU:
-                u_next = fetch(w + N * K, n, at + BK + k, N, K)
-        inside = at + k < K
-        if NORM == 1:
-            weight = vector(g, at + k, inside)
-        xa = vector(x, at + k, inside)
-        if NORM == 1:
-            sa += xa * xa
-            xa *= weight
-        ra += wf * xa[None, :]
-        if GLU:
-            ua += uf * xa[None, :]
-        if ROWS == 2:
-            xb = vector(x + K, at + k, inside)
-            if NORM == 1:
-                sb += xb * xb
-                xb *= weight
-            rb += wf * xb[None, :]
-            if GLU:
-                ub += uf * xb[None, :]
+                u1 = fetch(w + N * K, n, at + k, N, K)
+            ra, rb, ua, ub, sa, sb = step_of(w, x, g, n, at + k, ra, rb, ua, ub, sa, sb, ROWS, N, K, NORM, GLU, w1, u1)
     fa, fb = 1.0, 1.0
     if NORM == 1:
         fa, fb = tl.rsqrt(tl.sum(sa, 0) / K + eps), tl.rsqrt(tl.sum(sb, 0) / K + eps)

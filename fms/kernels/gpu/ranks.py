@@ -1,0 +1,91 @@
+"""What ranks do together within a kernel, through memory of each that all of them address."""
+
+# ruff: noqa: N803, N806 (what is known when a kernel is compiled is written in capitals)
+
+import triton
+import triton.language as tl
+
+from fms.kernels.gpu.parts import early, vector
+
+
+@triton.jit
+def of_rank(bases, r, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+    """The address of a part of rank r's memory, whose beginnings are in `bases`."""
+    return (tl.load(bases + r) + OFFSET).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def meet(bases, flag, time, FLAGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr):
+    """Let the other ranks see all that this program has written, and see all that their same programs have; `time`
+    counts the meetings of this `flag`. Whether all have come before WAIT looks."""
+    tl.debug_barrier()
+    for r in tl.static_range(RANKS):
+        if r != RANK:
+            theirs = of_rank(bases, r, FLAGS, tl.int64) + flag * RANKS + RANK
+            tl.atomic_xchg(theirs, time, sem="release", scope="sys")
+    mine = of_rank(bases, RANK, FLAGS, tl.int64) + flag * RANKS
+    late, looks = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    for r in tl.static_range(RANKS):
+        if r != RANK:
+            seen = tl.atomic_add(mine + r, 0, sem="acquire", scope="sys")
+            while (seen < time) & (looks < WAIT):
+                seen = tl.atomic_add(mine + r, 0, sem="acquire", scope="sys")
+                looks += 1
+            if seen < time:
+                late += 1
+    tl.debug_barrier()
+    return late == 0
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_add(
+    y, residual, bias, out, bases, times, n, scale,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, FLAGS: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, WAIT: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`residual + scale * (the ranks' sum of y + bias)`, n elements, added in the order of ranks.
+
+    Meetings take turns in three slots: who has met the others knows that they have read the slots of earlier ones.
+    """
+    block = tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    KIND: tl.constexpr = y.dtype.element_ty
+    early(EARLY)
+    time = tl.load(times + block)
+    slot = (time % 3).to(tl.int32) * SLOT
+    tl.store(of_rank(bases, RANK, 0, KIND) + slot + at, tl.load(y + at, mask=inside, other=0.0), mask=inside)
+    came = meet(bases, block, time + 1, FLAGS, RANK, RANKS, WAIT)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for r in tl.static_range(RANKS):
+        theirs = of_rank(bases, r, 0, KIND) + slot + at
+        total += tl.load(theirs, mask=inside, other=0.0, volatile=True).to(tl.float32)
+    if BIAS:
+        total += vector(bias, at % WIDTH, inside)
+    if ADD:
+        total = vector(residual, at, inside) + scale * total
+    total = tl.where(came, total, float("nan"))
+    tl.store(out + at, total.to(KIND), mask=inside)
+    tl.store(times + block, time + 1)
+
+
+@triton.jit
+def choice_of_ranks(
+    bases, times, row, top, token,
+    B: tl.constexpr, OFFSET: tl.constexpr, FLAGS: tl.constexpr, FLAG: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """The highest logit of all ranks' and its token, the first of equals; NaN where a rank has not come."""
+    bits = top.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as the numbers are
+    best = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+    time = tl.load(times + FLAG + row)
+    place = OFFSET // 8 + (time % 3) * B + row
+    tl.store(of_rank(bases, RANK, 0, tl.int64) + place, best)
+    came = meet(bases, FLAG + row, time + 1, FLAGS, RANK, RANKS, WAIT)
+    for r in tl.static_range(RANKS):
+        best = tl.maximum(best, tl.load(of_rank(bases, r, 0, tl.int64) + place, volatile=True))
+    tl.store(times + FLAG + row, time + 1)
+    ordered = (best >> 32).to(tl.int32)
+    top = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+    return tl.where(came, top, float("nan")), 0x7FFFFFFF - (best & 0x7FFFFFFF)

@@ -1,0 +1,68 @@
+"""{sum over ranks + residual}: the end of a sub-layer whose weights several ranks share."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fms.kernels.skinny import HALF, Sizes, machine, start
+
+BLOCK = 1024  # elements a program
+BLOCKS = 256  # programs of the largest sum
+ROWS = 256  # of a batch whose tokens are chosen together
+SLOT = BLOCK * BLOCKS  # elements
+TOKENS = 3 * SLOT * 2  # where the memory's parts begin, in bytes
+FLAGS = TOKENS + 3 * ROWS * 8
+WAIT = 1 << 27  # looks for another rank, of about a microsecond each
+
+
+class Peers(NamedTuple):
+    """Ranks of one machine, by memory that each of them addresses: of rank r `nbytes(size)` from `bases[r]` on, zero
+    before any of them starts. `times` (int64) counts what this rank has met the others for."""
+
+    bases: Tensor
+    times: Tensor
+    rank: int
+    size: int
+
+
+def nbytes(size: int) -> int:
+    return FLAGS + (BLOCKS + ROWS) * size * 8
+
+
+def make_peers(addresses: list[int], rank: int, device: torch.device) -> Peers:
+    bases = torch.tensor(addresses, dtype=torch.long, device=device)
+    return Peers(bases, torch.zeros(BLOCKS + ROWS, dtype=torch.long, device=device), rank, len(addresses))
+
+
+def serves_sum(y: Tensor) -> bool:
+    return y.dtype in HALF and 0 < y.numel() <= SLOT and machine(y.device) is not None
+
+
+def sum_add(
+    y: Tensor, peers: Peers, residual: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """`residual + scale * (sum of y over ranks + bias)`, the same bits on all ranks: y and residual (..., n), bias (n).
+    NaN where another rank has not come for minutes."""
+    from fms.kernels.gpu.ranks import sum_add as kernel
+
+    known = machine(y.device)
+    assert known is not None
+    y, n, width = y.contiguous(), y.numel(), y.shape[-1]
+    out = torch.empty_like(y)
+    tensors = y, y if residual is None else residual.contiguous(), y if bias is None else bias, out
+
+    def sizes() -> Sizes:
+        named = {"WIDTH": width, "BLOCK": BLOCK, "SLOT": SLOT, **meeting(peers), "EARLY": known.early}
+        named |= {"ADD": residual is not None, "BIAS": bias is not None, "num_warps": 4}
+        return (-(-n // BLOCK),), named
+
+    key = -(-n // BLOCK), width, peers.rank, peers.size, residual is None, bias is None
+    start(kernel, (*tensors, peers.bases, peers.times, n, float(scale)), sizes, key)
+    return out
+
+
+def meeting(peers: Peers | None) -> dict[str, int]:
+    """What kernels in which ranks meet are compiled for."""
+    rank, size = (0, 1) if peers is None else (peers.rank, peers.size)
+    return {"FLAGS": FLAGS, "RANK": rank, "RANKS": size, "WAIT": WAIT}

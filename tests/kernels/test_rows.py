@@ -1,0 +1,91 @@
+"""Passes over many rows: rotary in place, gates; the kernels against plain operations in fp32."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fms.kernels import norm_glu as glu
+from fms.kernels import skinny
+from fms.kernels.attend import _rotate, attend_packed, rotate
+from fms.kernels.skinny import Machine
+from fms.modules.positions import Rope
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU on which Triton's interpreter runs the kernels."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET=1 is not set")
+    monkeypatch.setitem(skinny._machines, torch.device("cpu"), Machine(4, False))
+
+
+def far(got: Tensor, want: Tensor) -> float:
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+def norms_of(d: int, **where: Any) -> Any:
+    norms = nn.RMSNorm(d, eps=1e-6, **where), nn.RMSNorm(d, eps=1e-6, **where)
+    for norm in norms:
+        norm.weight.data.normal_(1, 0.3)
+    return norms
+
+
+def check_rotate(
+    b: int, s: int, heads: int, kvheads: int, d: int, *, of_rows: bool, normed: bool, rope: bool = True, **where: Any
+) -> None:
+    qkv = torch.randn(b, s, (heads + 2 * kvheads) * d, **where)
+    positions = torch.arange(s, device=qkv.device) + (torch.arange(b, device=qkv.device)[:, None] * 7 if of_rows else 0)
+    angles = Rope(d, theta=50.0)(positions.view(-1, s), 100) if rope else None
+    norms = norms_of(d, **where) if normed else None
+    q, k, v = qkv.float().unflatten(-1, (-1, d)).split((heads, kvheads, kvheads), 2)
+    if norms is not None:
+        q, k = F.rms_norm(q, (d,), norms[0].weight.float(), 1e-6), F.rms_norm(k, (d,), norms[1].weight.float(), 1e-6)
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
+    with torch.no_grad():
+        _rotate(qkv, kvheads, d, angles, norms)
+    assert far(qkv, torch.cat((q, k, v), 2).flatten(2)) < 6e-3
+    assert torch.equal(qkv[..., (heads + kvheads) * d :].float(), v.flatten(2))
+
+
+def check_glu(rows: int, n: int, **where: Any) -> None:
+    h = torch.randn(2, rows, 2 * n, **where)
+    gate, up = h.float().chunk(2, -1)
+    for kind, function in enumerate(skinny.FUNCTIONS):
+        assert far(glu._launch(h, kind), function(gate) * up) < 6e-3
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
+def test_interpreted(interpreted: None) -> None:
+    for of_rows, normed, rope in ((False, False, True), (True, True, True), (False, True, False)):
+        check_rotate(2, 3, 4, 2, 16, of_rows=of_rows, normed=normed, rope=rope, dtype=torch.float16)
+    check_rotate(1, 2, 17, 1, 10, of_rows=False, normed=False, dtype=torch.float16)
+    check_glu(3, 21, dtype=torch.float16)
+    check_glu(1, 2100, dtype=torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_against_fp32(dtype: torch.dtype) -> None:
+    where = {"dtype": dtype, "device": "cuda"}
+    for heads, kvheads, d in ((32, 32, 128), (32, 8, 128), (48, 1, 128), (9, 3, 64), (3, 3, 10), (8, 2, 256)):
+        check_rotate(2, 65, heads, kvheads, d, of_rows=False, normed=False, **where)
+        check_rotate(3, 33, heads, kvheads, d, of_rows=True, normed=True, **where)
+    for n in (5, 2048, 11008):
+        check_glu(65, n, **where)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kvheads", [1, 2, 8])
+@torch.no_grad()
+def test_attention_of_many_tokens(kvheads: int) -> None:
+    """The packed form, with the pass over its heads, against the one on separate heads."""
+    qkv = torch.randn(2, 40, (8 + 2 * kvheads) * 64, device="cuda", dtype=torch.bfloat16)
+    angles, norms = Rope(64)(torch.arange(40, device="cuda")[None], 40), norms_of(64, device="cuda")
+    want = attend_packed(qkv.float(), kvheads, 64, angles, None, None, norms=norms)
+    assert far(attend_packed(qkv, kvheads, 64, angles, None, None, norms=norms), want) < 1e-2

@@ -1,0 +1,149 @@
+"""Sums and choices of several ranks in one kernel. Memory of all ranks lies in one process here: on a CPU the others
+have come before, on a GPU each rank has a stream of its own."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fms.kernels import next_token, skinny, sum_add
+from fms.kernels.next_token import make_rows
+from fms.kernels.skinny import Machine
+from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, TOKENS, Peers, make_peers, nbytes
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET=1 is not set")
+    monkeypatch.setitem(skinny._machines, torch.device("cpu"), Machine(4, False))
+
+
+def together(size: int, device: str) -> tuple[list[Tensor], list[Peers]]:
+    memory = [torch.zeros(nbytes(size) // 8, dtype=torch.long, device=device) for _ in range(size)]
+    addresses = [m.data_ptr() for m in memory]
+    return memory, [make_peers(addresses, rank, torch.device(device)) for rank in range(size)]
+
+
+def wanted(parts: list[Tensor], residual: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
+    total = torch.zeros_like(parts[0], dtype=torch.float32)
+    for part in parts:
+        total += part.float()
+    if bias is not None:
+        total += bias.float()
+    return (total if residual is None else residual.float() + scale * total).to(parts[0].dtype)
+
+
+def flags(memory: Tensor, size: int) -> Tensor:
+    """(flag, rank)"""
+    return memory[FLAGS // 8 :].view(BLOCKS + ROWS, size)
+
+
+@pytest.mark.parametrize(("size", "rank", "time"), [(2, 0, 0), (2, 1, 5), (4, 2, 1)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_a_sum_with_others_that_were_there_before(
+    interpreted: None, size: int, rank: int, time: int, with_residual: bool
+) -> None:
+    memory, peers = together(size, "cpu")
+    parts = [torch.randn(3, 700).half() for _ in range(size)]
+    residual, bias = (torch.randn(3, 700).half(), torch.randn(700).half()) if with_residual else (None, None)
+    mine = peers[rank]
+    mine.times.fill_(time)
+    for r in range(size):
+        if r != rank:
+            memory[r].view(torch.half)[time % 3 * SLOT :][: parts[r].numel()] = parts[r].flatten()
+            flags(memory[rank], size)[:, r] = time + (r % 2) + 1  # some are ahead
+    got = sum_add.sum_add(parts[rank], mine, residual, 0.5, bias)
+    torch.testing.assert_close(got, wanted(parts, residual, 0.5, bias), rtol=1e-3, atol=1e-3)
+    assert torch.equal(memory[rank].view(torch.half)[time % 3 * SLOT :][: got.numel()], parts[rank].flatten())
+    assert mine.times.tolist() == [time + 1] * 3 + [time] * (BLOCKS + ROWS - 3)
+    for r in range(size):
+        if r != rank:
+            assert flags(memory[r], size)[:, rank].tolist() == [time + 1] * 3 + [0] * (BLOCKS + ROWS - 3)
+
+
+def test_a_rank_that_never_comes_ends_the_wait(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sum_add, "WAIT", 3)
+    _, peers = together(2, "cpu")
+    assert sum_add.sum_add(torch.ones(5).half(), peers[0]).isnan().all()
+
+
+@pytest.mark.parametrize("theirs", [9.0, -9.0, float("nan"), 2.0])
+def test_a_choice_with_others_that_were_there_before(interpreted: None, theirs: float) -> None:
+    """Ours are the ids from 30 on, theirs those before; of equals the first is chosen."""
+    memory, peers = together(2, "cpu")
+    logits = torch.full((1, 30), -5.0)
+    logits[0, 7] = 2.0
+    rows = make_rows(1, [3], torch.device("cpu"))
+    rows.ends.fill_(9)
+    rows.going.fill_(1)
+    bits = int(torch.tensor(float("inf") if theirs != theirs else theirs).view(torch.int32))
+    ordered = bits ^ 0x7FFFFFFF if bits < 0 else bits
+    memory[0][TOKENS // 8] = (ordered << 32) | (0x7FFFFFFF - 11)
+    flags(memory[1], 2)[BLOCKS, 0] = 1
+    next_token._launch(logits, rows, peers[1], 30)
+    if theirs != theirs:
+        assert rows.tokens.tolist() == [-1]
+    else:
+        assert rows.tokens.tolist() == [37 if theirs < 2 else 11]
+        assert rows.fed.tolist() == [rows.tokens.tolist()]
+    assert flags(memory[0], 2)[BLOCKS, 1] == 1
+
+
+def in_turn(size: int, work: Callable[[int], None], times: int) -> None:
+    """Each rank's kernels on a stream of its own, on one GPU."""
+    streams = [torch.cuda.Stream() for _ in range(size)]
+    torch.cuda.synchronize()
+    for _ in range(times):
+        for rank, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                work(rank)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_on_a_gpu(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sum_add, "WAIT", 1 << 22)
+    _, peers = together(size, "cuda")
+    for shape in ((2, 1, 4096), (1, 1, 40), (7, 1, 2050)):
+        parts = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(size)]
+        residual = torch.randn(*shape, device="cuda").to(dtype)
+        want = wanted(parts, residual, 0.5, None)
+        found: list[list[Tensor]] = [[] for _ in range(size)]
+
+        def work(rank: int, parts: list[Tensor] = parts, residual: Tensor = residual, found: list = found) -> None:
+            found[rank].append(sum_add.sum_add(parts[rank], peers[rank], residual, 0.5))
+
+        in_turn(size, work, 1000)
+        each = [torch.stack(one) for one in found]
+        torch.testing.assert_close(each[0][0], want, rtol=1e-2, atol=1e-2)
+        assert all(torch.equal(one, each[0][:1].expand_as(one)) for one in each)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
+def test_choices_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sum_add, "WAIT", 1 << 22)
+    _, peers = together(size, "cuda")
+    logits = torch.randn(3, size * 5000, device="cuda").bfloat16()
+    want = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits])
+    rows = [make_rows(3, [], torch.device("cuda")) for _ in range(size)]
+    for one in rows:
+        one.ends.fill_(5000)
+        one.going.fill_(1)
+    shares = [share.contiguous() for share in logits.split(5000, -1)]
+    in_turn(size, lambda rank: next_token.choose_greedily(shares[rank], rows[rank], peers[rank], rank * 5000), 1000)
+    for one in rows:
+        assert torch.equal(one.tokens, want)
+        assert one.lengths.flatten().tolist() == [1000] * 3
+
+
+def test_the_memory_has_room_for_everything() -> None:
+    assert FLAGS >= TOKENS + 3 * ROWS * 8
+    assert TOKENS == 3 * SLOT * 2
+    assert FLAGS % 8 == TOKENS % 8 == 0
