@@ -3,8 +3,8 @@
     python benchmarks/tp_overhead.py [--json FILE]
 
 Ours beside `parallelize_module` of torch on the same modules, both against the model unsharded. In each round all take
-their turn: a ratio is the median of those of the rounds, so that a machine that others use, too, does less harm. `ratio_of_min` is
-that of the shortest times.
+their turn: a ratio is the median of those of the rounds, so that a machine that others use, too, does less harm.
+`ratio_of_min` is that of the shortest times.
 """
 
 import argparse
