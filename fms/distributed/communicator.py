@@ -70,33 +70,33 @@ class Communicator:
         return symmetric
 
     def local(self, parameter: Any, partial: bool = False) -> Any:
+        if self.opened and (shard := self.opened.get(id(parameter))) is not None:
+            return shard
         if not isinstance(parameter, DTensor) or len(parameter._spec.placements) > 1:  # FSDP's, at rest
             return parameter
         if torch.compiler.is_compiling():
             return parameter.to_local(grad_placements=[Partial()] if partial else None)
         if torch.is_grad_enabled() and parameter.requires_grad:
-            shard = self.opened.get(id(parameter))
-            return _Local.apply(parameter, self if partial else None) if shard is None else shard
+            return _Local.apply(parameter, self if partial else None)
         return parameter._local_tensor
-
-    def open(self, split: Sequence[tuple[nn.Module, str]]) -> None:
-        """Take the shards of a sub-layer's parameters in one step of autograd: steps cost the host as products do."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return
-        parameters: list[Any] = [module._parameters[name] for module, name in split]
-        parameters = [p for p in parameters if isinstance(p, DTensor) and p.requires_grad and p._spec.mesh.ndim == 1]
-        if parameters:
-            self.opened = dict(zip(map(id, parameters), _Locals.apply(*parameters), strict=True))
-
-    def close(self) -> None:
-        self.opened = {}
 
     def begin(self, tokens: int) -> None:
         shared = self.sequence_parallel and (tokens >= FEW or (torch.is_grad_enabled() and tokens > 1))
         self.tokens = tokens if shared else None
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor, split: Sequence[tuple[nn.Module, str]] = ()) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            parameters: list[Any] = [module._parameters[name] for module, name in split]
+            parameters = [p for p in parameters if isinstance(p, DTensor) and p.requires_grad]
+            if parameters and parameters[0]._spec.mesh.ndim == 1:
+                # one step of autograd for all: steps cost the host as much as products do
+                x, *shards = _Enter.apply(self, x, *parameters)
+                self.opened = dict(zip(map(id, parameters), shards, strict=True))
+                return x
         return self.same(x) if self.tokens is None else self._collect(x, True)
+
+    def close(self) -> None:
+        self.opened = {}
 
     def leave(self, x: Tensor) -> Tensor:
         if self.tokens is None:
@@ -203,21 +203,23 @@ class _Local(torch.autograd.Function):
         return DTensor(gradient, ctx.spec, requires_grad=False), None
 
 
-class _Locals(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *parameters: DTensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.specs = [parameter._spec for parameter in parameters]
-        return tuple([parameter._local_tensor.detach() for parameter in parameters])
+class _Enter(torch.autograd.Function):
+    """The input of a sub-layer, of all tokens, and the shards of its parameters."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[DTensor | None, ...]:
-        return tuple(
-            [
-                None if gradient is None else DTensor(gradient, spec, requires_grad=False)
-                for gradient, spec in zip(gradients, ctx.specs, strict=True)
-            ]
-        )
+    def forward(ctx: Any, comm: Communicator, x: Tensor, *parameters: DTensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.comm, ctx.shared, ctx.specs = comm, comm.tokens is not None, [p._spec for p in parameters]
+        whole = x.view_as(x) if comm.tokens is None else comm.whole(x, comm.tokens)
+        return (whole, *[parameter._local_tensor.detach() for parameter in parameters])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dx = None
+        if gradient is not None and ctx.needs_input_grad[1]:
+            dx = ctx.comm.share(gradient, True) if ctx.shared else ctx.comm.sum(gradient.clone())
+        found = zip(gradients, ctx.specs, strict=True)
+        return (None, dx, *[None if g is None else DTensor(g, spec, requires_grad=False) for g, spec in found])
 
 
 class _Same(torch.autograd.Function):
@@ -234,7 +236,7 @@ class _Same(torch.autograd.Function):
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator) -> Tensor:
-        return comm.sum(x.clone())
+        return comm.sum(x.clone())  # x itself may be kept for later: by checkpoints of activations
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -31,13 +31,12 @@ class Communicator(Protocol):
     def local(self, parameter: Any, partial: bool = False) -> Any:
         """The shard of a parameter; `partial` if its gradient here is only a part of the sum over ranks."""
 
-    def open(self, split: Sequence[tuple[nn.Module, str]]) -> None:
-        """`local` will be asked for these parameters, none of them partial, until `close`."""
+    def enter(self, x: Tensor, split: Sequence[tuple[nn.Module, str]] = ()) -> Tensor:
+        """x (b, s, ...) of all tokens; its gradient is summed over ranks. `local` will be asked for the parameters of
+        `split`, none of them partial, until `close`."""
 
-    def close(self) -> None: ...
-
-    def enter(self, x: Tensor) -> Tensor:
-        """x (b, s, ...) of all tokens; its gradient is summed over ranks."""
+    def close(self) -> None:
+        """The end of what was entered."""
 
     def leave(self, x: Tensor) -> Tensor:
         """The sum over ranks of x (b, s, ...), of this rank's tokens; its gradient is the same for each."""
@@ -75,9 +74,9 @@ class Entered(nn.Module):
     split: Sequence[tuple[nn.Module, str]] = ()
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        self.comm.open(self.split)
+        x = self.comm.enter(x, self.split)
         try:
-            return super().forward(self.comm.enter(x), *args)
+            return super().forward(x, *args)
         finally:
             self.comm.close()
 
