@@ -4,14 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fms.distributed.strategy import TensorParallel
 from fms.models import freeze, get_model
 from fms.models.convert import save_model
+from fms.modules.tp import Plan, divided
 from fms.training.cross_entropy import head_loss
 from fms.utils.generation import generate
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import ROOT, Ranks
 from tests.distributed.test_tensor_parallel import CASES, random_model, some_ids
 
 OVERRIDES: list[tuple[str, dict[str, str]]] = [
@@ -112,3 +113,32 @@ def test_heads_that_do_not_divide_are_padded(
             for logits, trains in ranks.run(size, padded, path, case, more, frozen):
                 torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
                 assert not trains
+
+
+def documented() -> type[nn.Module]:
+    """The class that docs/tensor_parallel.md shows."""
+    text = (ROOT / "docs/tensor_parallel.md").read_text()
+    code = next(block for block in text.split("```python\n")[1:] if "tp_plan" in block).partition("```")[0]
+    names: dict[str, Any] = {"nn": nn, "Tensor": Tensor, "Plan": Plan, "divided": divided}
+    exec(code, names)
+    return names["LowRank"]
+
+
+def with_a_new_module(mesh: Any) -> tuple[Tensor, Tensor]:
+    """A whole model with parts of one's own, placed by hand: its logits, and a gradient."""
+    torch.manual_seed(0)
+    model = random_model("llama")
+    for block in model.layers:
+        block.ff = documented()(64, 12).double()
+    if mesh is not None:
+        TensorParallel(mesh, pad=False).place(model)
+    logits = model(some_ids(2, 9))
+    logits.square().mean().backward()
+    gradient = model.layers[0].ff.down._parameters["weight"].grad
+    return logits.detach(), getattr(gradient, "full_tensor", lambda: gradient)()
+
+
+def test_a_new_module_needs_its_plan_only(ranks: Ranks) -> None:
+    want = with_a_new_module(None)
+    for got in ranks.run(2, with_a_new_module):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
