@@ -1,7 +1,8 @@
-"""Speed of training a Llama of 1.2 billion parameters on one GPU (sequence 4096, batch 8, bf16 above fp32 weights,
-blocks compiled): `fms train`'s own loop, forms of it, and torchtitan 0.2.2, in turn, each in a process of its own.
+"""Speed of training Llamas of 1.2 and 8 billion parameters on one GPU and on two (sequence 4096, blocks compiled):
+`fms train`'s own loop, forms of it, and torchtitan 0.2.2, in turn, each in processes of its own.
 
     python benchmarks/training.py --titan FOLDER_OF_WHEELS --json FILE
+    python benchmarks/training.py --titan FOLDER_OF_WHEELS --forms "fms 8b fsdp,torchtitan 8b fsdp" --json FILE
 
 `--tiny` is a rehearsal on any machine, a CPU too, of shapes that mean nothing.
 """
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,18 +34,31 @@ FULL |= {"src_vocab_size": 128_256, "max_expected_seq_len": 8192}
 EIGHT = FULL | {"emb_dim": 4096, "nlayers": 32, "head_dim": 128, "hidden_dim": 14_336}
 TINY = {"emb_dim": 256, "nlayers": 2, "nheads": 4, "kvheads": 2, "head_dim": 64, "hidden_dim": 1024}
 TINY |= {"src_vocab_size": 1000, "max_expected_seq_len": 256}
+SMALL = 100e9  # bytes: a card of less takes what a form says of small cards
 # what differs from `fms train --mixed_precision bf16 --compile blocks`; the first is that, and torchtitan follows it
+ONE = {"small": {"batch": 4}}
+# weights and the optimizer's states in bf16, as one GPU has room for; as two have where they split each layer
+EIGHT_ONE = {"shape": EIGHT, "dtype": "bf16", "batch": 2, "small": {"recompute": "full"}}
+EIGHT_TP = {"shape": EIGHT, "dtype": "bf16", "batch": 2, "ranks": 2, "distributed": "tp"}
+EIGHT_FSDP = {"shape": EIGHT, "batch": 2, "ranks": 2, "distributed": "fsdp", "small": {"dtype": "bf16", "batch": 1}}
 FORMS: dict[str, dict[str, Any]] = {
-    "fms": {},
-    "torchtitan": {},  # its own Trainer and step
-    "flash": {"attention": "FLASH_ATTENTION"},
-    "autocast": {"autocast": True},
-    "tuned": {"env": {"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}},
-    "plain loss": {"plain_loss": True},
-    "max": {"compile": "max"},
-    # 8 billion parameters: weights and the optimizer's states in bf16, as one GPU has room for
-    "fms 8b": {"shape": EIGHT, "dtype": "bf16", "batch": 2},
-    "torchtitan 8b": {"shape": EIGHT, "dtype": "bf16", "batch": 2},
+    "fms": ONE,
+    "torchtitan": ONE,  # its own Trainer and step
+    "flash": ONE | {"attention": "FLASH_ATTENTION"},
+    "autocast": ONE | {"autocast": True},
+    "tuned": ONE | {"env": {"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}},
+    "plain loss": ONE | {"plain_loss": True},
+    "max": ONE | {"compile": "max"},
+    "fms fsdp": ONE | {"ranks": 2, "distributed": "fsdp"},
+    "torchtitan fsdp": ONE | {"ranks": 2, "distributed": "fsdp"},
+    "fms 8b": EIGHT_ONE,
+    "torchtitan 8b": EIGHT_ONE,
+    "fms 8b fsdp": EIGHT_FSDP,
+    "torchtitan 8b fsdp": EIGHT_FSDP,
+    "fms 8b tp": EIGHT_TP,  # with sequence parallelism, as torchtitan always has
+    "torchtitan 8b tp": EIGHT_TP,
+    "fms 8b tp eager": EIGHT_TP | {"compile": "none"},  # torchtitan's compiled blocks do not run so with torch 2.13
+    "torchtitan 8b tp eager": EIGHT_TP | {"compile": "none"},
 }
 QUICK = "fms,torchtitan,flash,tuned,autocast"
 
@@ -55,7 +70,8 @@ def main() -> None:
     parser.add_argument("--all_seconds", type=float, default=230, help="after which none is started any more")
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10, help="that are timed")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="of a rank (default: 8 on one H200, or as the form says)")
+    parser.add_argument("--recompute", choices=("none", "full"), help="blocks in the backward (default: the form's)")
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--titan", type=Path, help="folder of wheels of torchtitan and what it needs")
     parser.add_argument("--tiny", action="store_true")
@@ -72,7 +88,7 @@ def main() -> None:
             rows.append({"form": form, "error": "no time was left"})
         else:
             rows.append(apart(form, args))
-        print(json.dumps(rows[-1]), flush=True)
+        print(json.dumps({name: value for name, value in rows[-1].items() if name != "kernels_ms"}), flush=True)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
@@ -94,53 +110,59 @@ def unpacked(wheels: Path | None) -> str:
 
 
 def apart(form: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What a process of its own says of a form."""
-    with tempfile.NamedTemporaryFile("r") as said:
-        command = [sys.executable, __file__, "--one", form, "--json", said.name, *(["--tiny"] if args.tiny else [])]
-        for name in ("warmup", "steps", "batch", "seq_len"):
-            command += [f"--{name}", str(getattr(args, name))]
-        paths = [
-            str(ROOT),
-            *([args.unpacked] if form.startswith("torchtitan") else []),
-            os.environ.get("PYTHONPATH", ""),
-        ]
+    """What processes of its own say of a form."""
+    ranks = FORMS[form].get("ranks", 1)
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    with tempfile.NamedTemporaryFile("r") as said, tempfile.NamedTemporaryFile("w+") as told:
+        command = [sys.executable, *many, __file__, "--one", form, "--json", said.name]
+        command += ["--tiny"] if args.tiny else []
+        for name in ("warmup", "steps", "batch", "seq_len", "recompute"):
+            if (value := getattr(args, name)) is not None:
+                command += [f"--{name}", str(value)]
+        theirs = [args.unpacked] if form.startswith("torchtitan") else []
+        paths = [str(ROOT), *theirs, os.environ.get("PYTHONPATH", "")]
         env = os.environ | FORMS[form].get("env", {}) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        process = subprocess.Popen(command, env=env, stdout=told, stderr=told, start_new_session=True)
         try:
-            done = subprocess.run(command, timeout=args.seconds, env=env, capture_output=True, text=True)
-        except subprocess.TimeoutExpired as error:
-            return {"form": form, "error": f"longer than {args.seconds} s", "tail": str(error.stderr or "")[-1500:]}
-        text = said.read()
-    return json.loads(text) if text else {"form": form, "error": f"exit {done.returncode}", "tail": done.stderr[-3000:]}
+            code = process.wait(args.seconds)
+            error = f"exit {code}"
+        except subprocess.TimeoutExpired:
+            error = f"longer than {args.seconds} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # ranks too
+        process.wait()
+        text, tail = said.read(), Path(told.name).read_text(errors="replace")[-3000:]
+    return json.loads(text) if text else {"form": form, "error": error, "tail": tail}
 
 
 def one(args: argparse.Namespace) -> None:
     form = FORMS[args.one]
-    shape = TINY if args.tiny else form.get("shape", FULL)
-    args.batch = form.get("batch", args.batch)
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < SMALL:
+        form = form | form.get("small", {})
+    form = {"shape": FULL, "dtype": "fp32", "batch": 8, "recompute": "none", "distributed": "none", "ranks": 1} | form
+    form |= {name: value for name in ("batch", "recompute") if (value := getattr(args, name)) is not None}
     if args.tiny:
-        args.seq_len, args.batch = 64, 2
-    row: dict[str, Any] = {
-        "form": args.one,
-        "dtype": form.get("dtype", "fp32"),
-        "torch": torch.__version__,
-        "batch": args.batch,
-        "seq_len": args.seq_len,
-    }
+        form |= {"shape": TINY, "batch": 2}
+        args.seq_len = 64
+    args.batch = form["batch"]
+    row: dict[str, Any] = {"form": args.one, "torch": torch.__version__, "seq_len": args.seq_len}
+    row |= {name: form[name] for name in ("dtype", "batch", "recompute", "distributed", "ranks")}
     if torch.cuda.is_available():
         row["device"] = torch.cuda.get_device_name()
     try:
         begun = time.perf_counter()
         make = titan if args.one.startswith("torchtitan") else ours
         with contextlib.ExitStack() as stack:
-            step, more = make(args, shape, stack)
-            row |= more | {"build_s": round(time.perf_counter() - begun, 1)} | timed(step, args, shape)
+            step, more = make(args, form, stack)
+            row |= more | {"build_s": round(time.perf_counter() - begun, 1)} | timed(step, args, form)
     except Exception as error:  # whatever it is, the others are still to be timed
         row |= {"error": f"{type(error).__name__}: {error}"[:1500], "trace": traceback.format_exc()[-2500:]}
-    args.json.write_text(json.dumps(row))
+    if int(os.environ.get("RANK", "0")) == 0:
+        args.json.write_text(json.dumps(row))
 
 
-def timed(step: Callable[[], Any], args: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
-    """Tokens a second over the timed steps together, MFU, peak memory, and where one step's time goes."""
+def timed(step: Callable[[], Any], args: argparse.Namespace, form: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second and GPU over the timed steps together, MFU, peak memory, and where one step's time goes."""
     begun = time.perf_counter()
     step()
     wait()
@@ -150,17 +172,16 @@ def timed(step: Callable[[], Any], args: argparse.Namespace, shape: dict[str, An
     wait()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    each = []
     start = time.perf_counter()
     for _ in range(args.steps):
         step()
-        each.append(time.perf_counter())
     wait()
     seconds = (time.perf_counter() - start) / args.steps
-    tokens = args.batch * args.seq_len
+    sharing = form["ranks"] if form["distributed"] == "tp" else 1  # the same tokens
+    tokens = args.batch * args.seq_len / sharing
     row: dict[str, Any] = {"first_step_s": round(first, 1), "step_ms": round(seconds * 1e3, 2)}
-    row |= {"tokens_per_second": round(tokens / seconds, 1), "warmup": args.warmup, "steps": args.steps}
-    row["mfu"] = round(tokens / seconds * flops(shape, args.seq_len) / PEAK, 4)
+    row |= {"tokens_per_second_per_gpu": round(tokens / seconds, 1), "warmup": args.warmup, "steps": args.steps}
+    row["mfu"] = round(tokens / seconds * flops(form["shape"], args.seq_len) / PEAK, 4)
     if torch.cuda.is_available():
         row["allocated_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         row["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
@@ -193,10 +214,11 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def random_ids(args: argparse.Namespace, shape: dict[str, Any]) -> Iterator[torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
+def random_ids(args: argparse.Namespace, vocabulary: int, place: int) -> Iterator[torch.Tensor]:
+    """Rows of one more token than a sequence, others for each of the ranks that see different data."""
+    draw = torch.Generator().manual_seed(place)
     while True:
-        yield torch.randint(shape["src_vocab_size"], (args.batch, args.seq_len + 1), generator=draw)
+        yield torch.randint(vocabulary, (args.batch, args.seq_len + 1), generator=draw)
 
 
 # ours
@@ -205,27 +227,28 @@ def random_ids(args: argparse.Namespace, shape: dict[str, Any]) -> Iterator[torc
 class Tokens:
     """Random rows, in the form of a dataset."""
 
-    def __init__(self, args: argparse.Namespace, shape: dict[str, Any]):
-        self.args, self.shape = args, shape
+    def __init__(self, args: argparse.Namespace, vocabulary: int, place: int):
+        self.args, self.vocabulary, self.place = args, vocabulary, place
 
     def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
-        for ids in random_ids(self.args, self.shape):
+        for ids in random_ids(self.args, self.vocabulary, self.place):
             yield {"input_ids": ids[:, :-1], "labels": ids[:, :-1]}
 
     def vocab_size(self) -> int:
-        return self.shape["src_vocab_size"]
+        return self.vocabulary
 
 
-def ours(args: argparse.Namespace, shape: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Callable, dict]:
+def ours(args: argparse.Namespace, form: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Callable, dict]:
     from fms.cli.train import find_root
     from fms.distributed.launch import launch
+    from fms.distributed.mesh import data_place
     from fms.training.config import TrainConfig
     from fms.training.loop import Trainer
     from fms.training.metrics import flops_per_token
+    from fms.training.parallel import mesh_for
     from fms.training.signals import Stop
 
-    form = FORMS[args.one]
-    more = check_kernels()
+    shape = form["shape"]
     config = TrainConfig(
         architecture="llama",
         variant="3-8b",
@@ -235,14 +258,20 @@ def ours(args: argparse.Namespace, shape: dict[str, Any], stack: contextlib.Exit
         batch_size=args.batch,
         mixed_precision="none" if form.get("autocast") else "bf16",
         compile=form.get("compile", "blocks"),
-        dtype=form.get("dtype", "fp32"),
+        dtype=form["dtype"],
+        activation_checkpointing=form["recompute"],
+        distributed=form["distributed"],
+        sequence_parallel=form["distributed"] == "tp",
         output=stack.enter_context(tempfile.TemporaryDirectory()),
     )
     device = launch("auto")
+    more = check_kernels()
+    mesh = mesh_for(config, device)
+    place = data_place(mesh)
     torch.manual_seed(0)
-    data = Tokens(args, shape)
-    root = find_root(config, device, None, data)
-    trainer = Trainer(root, data, config, device)
+    data = Tokens(args, shape["src_vocab_size"], place[0])
+    root = find_root(config, device, mesh, data)
+    trainer = Trainer(root, data, config, device, mesh, place)
     trainer.root.train()
     stack.callback(trainer.close)
     more |= {"flops_agree": abs(flops_per_token(root.model, args.seq_len) / flops(shape, args.seq_len) - 1) < 1e-6}
@@ -256,12 +285,7 @@ def ours(args: argparse.Namespace, shape: dict[str, Any], stack: contextlib.Exit
 
         cross_entropy.served = lambda logits: False
     batches, stop = trainer.endless(), Stop()
-
-    def step() -> None:
-        trainer.one_step(batches, stop)
-        more["loss"] = trainer.window  # read at the end, if at all
-
-    return step, {name: value for name, value in more.items() if name != "loss"}
+    return lambda: trainer.one_step(batches, stop), more
 
 
 def force_attention(kind: str) -> None:
@@ -317,109 +341,23 @@ def check_kernels() -> dict[str, Any]:
     return said
 
 
-# torchtitan: its Trainer and its step, on random rows, without its tokenizer and its data
+def titan(args: argparse.Namespace, form: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Callable, dict]:
+    from titan import build  # beside this file
 
-
-def titan(args: argparse.Namespace, shape: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Callable, dict]:
-    if not torch.cuda.is_available():
-        rehearse()
-    for name, value in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_PORT", "29511")
-    import torchtitan
-    from torchtitan.components.dataloader import BaseDataLoader
-    from torchtitan.components.loss import build_cross_entropy_loss
-    from torchtitan.components.lr_scheduler import build_lr_schedulers
-    from torchtitan.components.optimizer import build_optimizers
-    from torchtitan.config import JobConfig
-    from torchtitan.models.llama3.infra.parallelize import parallelize_llama
-    from torchtitan.models.llama3.model.args import TransformerModelArgs
-    from torchtitan.models.llama3.model.model import Transformer
-    from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
-    from torchtitan.train import Trainer
-
-    class Rows(BaseDataLoader):
-        def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-            for ids in random_ids(args, shape):
-                yield {"input": ids[:, :-1].contiguous()}, ids[:, 1:].contiguous()
-
-        def state_dict(self) -> dict[str, Any]:
-            return {}
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            pass
-
-    plain = shape["emb_dim"] * 4 * 2 // 3
-    size = TransformerModelArgs(
-        dim=shape["emb_dim"],
-        n_layers=shape["nlayers"],
-        n_heads=shape["nheads"],
-        n_kv_heads=shape["kvheads"],
-        vocab_size=shape["src_vocab_size"],
-        multiple_of=1024,
-        ffn_dim_multiplier=shape["hidden_dim"] / plain - 0.01,
-        rope_theta=500000,
-    )
-    spec = TrainSpec(
-        model_cls=Transformer,
-        model_args={"this": size},
-        parallelize_fn=parallelize_llama,
-        pipelining_fn=None,
-        build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=lambda **_: Rows(),
-        build_tokenizer_fn=None,
-        build_loss_fn=build_cross_entropy_loss,
-    )
-    register_train_spec("this", spec)
-    config = JobConfig()
-    config.job.dump_folder = stack.enter_context(tempfile.TemporaryDirectory())
-    config.model.name, config.model.flavor = "this", "this"
-    config.training.local_batch_size, config.training.seq_len = args.batch, args.seq_len
-    config.training.steps = 10_000
-    config.training.dtype = "bfloat16" if FORMS[args.one].get("dtype") == "bf16" else "float32"
-    config.activation_checkpoint.mode = "none"
-    config.compile.enable = True
-    config.optimizer.implementation = "fused" if torch.cuda.is_available() else "foreach"
-    config.metrics.log_freq = 1_000_000  # it would wait for the GPU
-    config.checkpoint.enable = False
-    trainer = Trainer(config)
-    batches = trainer.batch_generator(trainer.dataloader)
-    model = trainer.model_parts[0]
-    hidden = model.layers["0"].feed_forward.w1.weight.shape[0]
-    if hidden != shape["hidden_dim"]:
-        raise ValueError(f"torchtitan made {hidden} hidden channels, not {shape['hidden_dim']}")
-    more = {"version": torchtitan.__version__, "parameters": sum(p.numel() for p in model.parameters())}
-    more |= {"optimizer": config.optimizer.implementation, "compiled": config.compile.components}
-
-    def step() -> None:
-        trainer.step += 1
-        trainer.gc_handler.run(trainer.step)
-        trainer.train_step(batches)
-
-    return step, more
-
-
-def rehearse() -> None:
-    """Let torchtitan take a CPU for its GPU."""
-    from types import SimpleNamespace
-    from unittest.mock import MagicMock
-
-    import torch._utils as inside
-
-    gpu = MagicMock()
-    gpu.get_device_properties.return_value = SimpleNamespace(total_memory=1 << 30)
-    gpu.get_device_name.return_value, gpu.memory_stats.return_value = "cpu", {}
-    inside._get_available_device_type, inside._get_device_module = lambda: "cpu", lambda kind: gpu
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    return build(form, args.seq_len, folder, lambda place: random_ids(args, form["shape"]["src_vocab_size"], place))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| form | tokens/s | MFU | ms a step | GB allocated | first step, s |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| form | tokens/s/GPU | MFU | ms a step | GB allocated | first step, s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         if "error" in row:
             lines.append(f"| {row['form']} | {row['error'][:80]} | | | | |")
             continue
-        figures = (f"{row['tokens_per_second']:,.0f}", row["mfu"], row["step_ms"], row.get("allocated_gb", "-"))
+        figures = (f"{row['tokens_per_second_per_gpu']:,.0f}", row["mfu"], row["step_ms"], row.get("allocated_gb", "-"))
         lines.append("| " + " | ".join(map(str, (row["form"], *figures, row["first_step_s"]))) + " |")
     return "\n".join(lines)
 
