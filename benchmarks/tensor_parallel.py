@@ -1,23 +1,26 @@
-"""Tensor parallelism: tokens beside one GPU's, decoding by plain launches, memory, loading; peers in the same cells.
+"""Tensor parallelism: tokens beside one GPU's, decoding, memory, loading; peers in the same cells.
 
-    torchrun --nproc_per_node=2 benchmarks/tensor_parallel.py [--checkpoint DIR] [--json FILE]
+    python benchmarks/write_llama.py DIR
+    torchrun --nproc_per_node=2 benchmarks/tensor_parallel.py --which fms transformers more --checkpoint DIR
     PYTHONPATH=PEER torchrun --nproc_per_node=2 benchmarks/tensor_parallel.py --which ibm-fms [--json FILE]
-    torchrun --nproc_per_node=2 benchmarks/tensor_parallel.py --which transformers --checkpoint DIR [--json FILE]
 
-Random weights, bf16, batch 2; FMS_COMMUNICATOR=nccl leaves out symmetric memory. With `--checkpoint` Llama-2-7B
-(13.5 GB) is written there as safetensors, if it is not there yet, and loaded into the ranks, by transformers with
-tp_plan="auto". The existing FMS is imported as `fms` too, so it stands in a folder of its own
-(pip install --no-deps --target PEER ibm-fms==1.13.1). `--tiny` tries all of it on a CPU. A cell that fails is a row
-with its error.
+Random weights, bf16, batch 2; FMS_COMMUNICATOR=nccl leaves out symmetric memory. With `--checkpoint` the Llama-2-7B
+of `write_llama.py` is waited for and loaded into the ranks, by transformers with tp_plan="auto". The existing FMS is
+imported as `fms` too, so it stands in a folder of its own (pip install --no-deps --target PEER ibm-fms==1.13.1).
+`--tiny` tries all of it on a CPU.
+
+What is wanted most comes first. A cell that fails is a row with its error; after `--within` seconds no other begins,
+and a rank that is lost ends the program: the rows so far are in the file.
 """
 
 import argparse
 import gc
 import json
+import math
 import os
-import resource
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,11 +30,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MODELS: tuple[tuple[str, str, dict[str, Any]], ...] = (("llama", "2-7b", {}), ("granite", "8b", {}))
-PROMPTS, BATCH, NEW, STEPS = (256, 512, 1024), 2, 64, 60
+MODELS: dict[str, tuple[str, str]] = {"7b": ("llama", "2-7b"), "granite": ("granite", "8b"), "70b": ("llama", "2-70b")}
+PROMPTS, BATCH, NEW, STEPS = (512, 256, 1024), 2, 64, 40
 SMALL = {"src_vocab_size": 1000, "emb_dim": 256, "nheads": 8, "kvheads": 4, "nlayers": 4, "max_expected_seq_len": 512}
 TINY = SMALL | {"nlayers": 2, "max_expected_seq_len": 128}
 SAMPLED: tuple[dict[str, Any], ...] = ({}, {"seed": 3, "top_k": 20})
+WHOSE = "whose figures; more: of ours the models after the first (default: fms more)"
+LOST = 60  # seconds after which a rank that does not come is given up
 
 
 class Bench:
@@ -39,17 +44,24 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.rows = args, []
+        self.begun = time.monotonic()
         self.device = torch.device("cpu") if args.tiny else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        self.models = tuple((name, variant, TINY) for name, variant, _ in MODELS) if args.tiny else MODELS
-        self.prompts, self.new, self.steps = ((8, 16), 4, 12) if args.tiny else (PROMPTS, NEW, STEPS)
+        self.fields = TINY if args.tiny else {}
+        self.models = {name: MODELS[name] for name in args.models}
+        self.prompts = args.prompts or ((8, 16) if args.tiny else PROMPTS)
+        self.new, self.steps = (4, 12) if args.tiny else (NEW, STEPS)
         self.dtype = torch.bfloat16
         if not args.tiny:
             torch.cuda.set_device(self.device)
-        backend = "gloo" if args.tiny else "nccl"
-        dist.init_process_group(backend, device_id=None if args.tiny else self.device, timeout=timedelta(seconds=180))
+        backend, gpu = ("gloo", None) if args.tiny else ("nccl", self.device)
+        dist.init_process_group(backend, device_id=gpu, timeout=timedelta(seconds=LOST))
+        if args.within:
+            watch = threading.Timer(args.within + LOST, os._exit, [4])
+            watch.daemon = True
+            watch.start()
         self.row(
             what="machine",
-            which=args.which,
+            which=" ".join(args.which),
             torch=torch.__version__,
             python=sys.version.split()[0],
             device="cpu" if args.tiny else torch.cuda.get_device_name(),
@@ -58,23 +70,33 @@ class Bench:
         )
 
     def row(self, **figures: Any) -> None:
-        self.rows.append(figures)
+        self.rows.append(figures | {"at": round(time.monotonic() - self.begun, 1)})
         if dist.get_rank() == 0:
-            print(json.dumps(figures), flush=True)
+            print(json.dumps(self.rows[-1]), flush=True)
             if self.args.json:
                 self.args.json.write_text(json.dumps(self.rows, indent=1) + "\n")
 
     def cell(self, run: Callable[[], dict[str, Any]], **about: Any) -> None:
-        self.sync()
+        if self.late():
+            self.row(**about, skipped=True)
+            return
         if self.device.type == "cuda":
+            torch.cuda.synchronize()
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        try:
-            figures = run()
-        except (RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
-            figures = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-        self.row(**about, **figures)
+        figures = tried(run)
+        self.row(**about, **({"error": figures} if isinstance(figures, str) else figures))
+
+    def late(self) -> bool:
+        """Whether time is up on any rank."""
+        return not self.everywhere(time.monotonic() - self.begun < (self.args.within or math.inf))
+
+    def everywhere(self, true: bool) -> bool:
+        """Whether it is true on all ranks."""
+        every = torch.tensor(true, dtype=torch.int32, device=self.device)
+        dist.all_reduce(every, dist.ReduceOp.MIN)
+        return bool(every)
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -101,123 +123,188 @@ class Bench:
         }
 
 
+def tried(run: Callable[[], Any]) -> Any:
+    """What it gives, or its error as text."""
+    try:
+        return run()
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--which", choices=tuple(RUNS), default="fms", help="whose figures (default: fms)")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="write and load a checkpoint (default: none)")
+    parser.add_argument("--which", nargs="+", choices=RUNS, default=["fms", "more"], help=WHOSE)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["7b", "granite"], help="(default: 7b granite)")
+    parser.add_argument("--prompts", nargs="+", type=int, help=f"tokens (default: {PROMPTS})")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a Llama-2-7B to be loaded (default: none)")
+    parser.add_argument("--within", type=float, default=0.0, help="seconds after which no cell begins (default: all)")
     parser.add_argument("--tiny", action="store_true", help="small sizes on a CPU: whether it runs, not how fast")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
     bench = Bench(args)
     with torch.inference_mode():
-        RUNS[args.which](bench)
+        for one in args.which:
+            RUNS[one](bench)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def ours(bench: Bench) -> None:
+    decode(bench, next(iter(bench.models)))
+    for architecture, variant in (("llama", "micro"), ("granite", "8b")):
+        bench.cell(
+            lambda a=architecture, v=variant: same_tokens(bench, a, v),
+            what="fp32 tokens equal one process's",
+            model=architecture,
+        )
+    if bench.args.checkpoint:
+        for _ in range(2):  # the first time files may come from a disk
+            bench.cell(lambda: loaded(bench), what="load", model="llama 2-7b")
+
+
+def more(bench: Bench) -> None:
+    for name in list(bench.models)[1:]:
+        decode(bench, name)
+
+
+def made(bench: Bench, architecture: str, variant: str, dtype: torch.dtype, strategy: str, fields: Any) -> Any:
     from fms.models import freeze, get_model
 
-    def made(architecture: str, variant: str, dtype: torch.dtype, strategy: str, fields: dict[str, Any]) -> Any:
-        torch.manual_seed(0)
-        kind = bench.device.type
-        return freeze(
-            get_model(architecture, variant, device_type=kind, data_type=dtype, distributed_strategy=strategy, **fields)
-        )
-
-    for architecture in ("llama", "granite"):
-        both = [made(architecture, "8b" if architecture == "granite" else "micro", torch.float32, strategy, SMALL)
-                for strategy in ("none", "tp")]  # fmt: skip
-        for options in SAMPLED:
-            run = lambda both=both, options=options: same_tokens(bench, *both, options)
-            bench.cell(run, what="fp32 tokens equal one process's", model=architecture, options=str(options))
-    del both
-    for architecture, variant, fields in bench.models:
-        name = f"{architecture} {variant}"
-        model = made(architecture, variant, bench.dtype, "tp", fields)
-        bench.row(what="weights a rank", model=name, gb=round(held(model), 3))
-        for length in bench.prompts:
-            ids = bench.ids(model.config.src_vocab_size, length)
-            bench.cell(lambda model=model, ids=ids: decoded(bench, model, ids), model=name, prompt=length)
-        del model
-    if bench.args.checkpoint:
-        write(bench)
-        bench.cell(lambda: loaded(bench), what="load", model="llama 2-7b")
+    torch.manual_seed(0)
+    how = {"device_type": bench.device.type, "data_type": dtype, "distributed_strategy": strategy}
+    return freeze(get_model(architecture, variant, **how, **fields))
 
 
-def same_tokens(bench: Bench, one: Any, many: Any, options: dict[str, Any]) -> dict[str, Any]:
+def decode(bench: Bench, name: str) -> None:
+    """The cells of a model."""
+    architecture, variant = bench.models[name]
+    kept: list[Any] = []
+
+    def weights() -> dict[str, Any]:
+        kept.append(made(bench, architecture, variant, bench.dtype, "tp", bench.fields))
+        return {"gb": round(held(kept[0]), 3), "sums": str(kept[0].comm.symmetric), **bench.peak()}
+
+    bench.cell(weights, what="weights a rank", model=name)
+    if not kept:
+        return
+    for length in bench.prompts:
+        ids = bench.ids(kept[0].config.src_vocab_size, length)
+        bench.cell(lambda ids=ids: decoded(bench, kept[0], ids), model=name, prompt=length)
+    total = held(kept[0]) * dist.get_world_size()
+    if bench.device.type == "cpu" or torch.cuda.mem_get_info()[0] > total * 1.3e9:
+        bench.cell(lambda: beside_one(bench, kept[0], name), what="tokens beside one GPU's", model=name)
+
+
+def same_tokens(bench: Bench, architecture: str, variant: str) -> dict[str, Any]:
     """On every rank, for rows of unequal lengths; and how far logits are apart."""
     from fms.utils.generation import generate
 
-    ids = bench.ids(SMALL["src_vocab_size"], 30)
-    rows = [ids[0], ids[1, :11]]
-    want, got = (generate(model, rows, max_new_tokens=40, **options) for model in (one, many))
-    equal = torch.tensor(all(map(torch.equal, want, got)), dtype=torch.int32, device=bench.device)
-    dist.all_reduce(equal, dist.ReduceOp.MIN)
+    one, many = (made(bench, architecture, variant, torch.float32, how, SMALL) for how in ("none", "tp"))
+    ids, equal = bench.ids(SMALL["src_vocab_size"], 30), True
+    for options in SAMPLED:
+        want, got = (generate(model, [ids[0], ids[1, :11]], max_new_tokens=40, **options) for model in (one, many))
+        equal &= all(map(torch.equal, want, got))
     logits = one(ids)
     apart = (many(ids) - logits).abs().max() / logits.abs().max()
-    return {"equal": bool(equal), "logits_apart": f"{float(apart):.1e}"}
+    return {"equal": bench.everywhere(equal), "logits_apart": f"{float(apart):.1e}"}
+
+
+def beside_one(bench: Bench, many: Any, name: str) -> dict[str, Any]:
+    """After how many tokens a row, of all, greedy ones in bf16 are no longer those of the same weights on one GPU; sums
+    in another order are rounded otherwise, and random weights give near ties."""
+    from fms.utils.generation import generate
+
+    one = made(bench, *bench.models[name], bench.dtype, "none", bench.fields)
+    figures: dict[str, Any] = {}
+    for length in bench.prompts:
+        ids = bench.ids(many.config.src_vocab_size, length)
+        want, got = (generate(model, ids, max_new_tokens=bench.new, eos_token_id=()) for model in (one, many))
+        alike = (want == got)[:, length:].int().cumprod(1).sum(1).tolist()
+        logits = one(ids, last_n_tokens=1)
+        apart = (many(ids, last_n_tokens=1) - logits).abs().max() / logits.abs().max()
+        figures[f"alike_{length}"], figures[f"logits_apart_{length}"] = alike, f"{float(apart):.1e}"
+    return figures | {"of": bench.new}
 
 
 def decoded(bench: Bench, model: Any, ids: torch.Tensor) -> dict[str, Any]:
     """Milliseconds a token of one step and of a generation, and of a forward without a cache; peak memory."""
     from fms.utils.generation import generate
 
-    cache = model.make_cache(BATCH, ids.shape[1] + bench.steps + 1)
+    cache = model.make_cache(BATCH, ids.shape[1] + 2 * bench.steps + 1)
     model(ids, cache=cache, last_n_tokens=1)
     comm = model.comm
+
+    def step() -> float:
+        run = lambda: model(ids[:, :1], cache=cache, last_n_tokens=1, local=True)
+        return round(statistics.median([bench.timed(run) for _ in range(bench.steps)][10:]), 2)
+
+    def whole(capture: bool) -> float:
+        how = {"eos_token_id": (), "capture": capture, "timing": "e2e"}
+        for _ in range(2):
+            _, (seconds,) = generate(model, ids, max_new_tokens=bench.new, **how)
+        return round(seconds / bench.new * 1e3, 2)
+
     comm.counts.clear()
-    step = [
-        bench.timed(lambda: model(ids[:, :1], cache=cache, last_n_tokens=1, local=True)) for _ in range(bench.steps)
-    ]
+    figures: dict[str, Any] = {"single_ms": tried(step)}
     sums = {name: [n // bench.steps for n in tally] for name, tally in comm.counts.items()}
-    forward = [bench.timed(lambda: model(ids, last_n_tokens=1)) for _ in range(4)]
-    for _ in range(2):
-        _, seconds = generate(model, ids, max_new_tokens=bench.new, eos_token_id=(), capture=False, timing="e2e")
-    return {
-        "single_ms": round(statistics.median(step[10:]), 2),
-        "end_to_end_ms": round(seconds[0] / bench.new * 1e3, 2),
-        "forward_ms": round(min(forward), 2),
-        "a_step": sums,  # calls and bytes
-        **bench.peak(),
-    }
+    if (symmetric := comm.symmetric) is not None:
+        comm.symmetric = None
+        figures["single_ms_by_nccl"] = tried(step)
+        comm.symmetric = symmetric
+    figures["end_to_end_ms"] = tried(lambda: whole(False))
+    if bench.device.type == "cuda":
+        figures["captured_ms"] = tried(lambda: whole(True))
+    figures["forward_ms"] = tried(
+        lambda: round(min(bench.timed(lambda: model(ids, last_n_tokens=1)) for _ in range(3)), 2)
+    )
+    return figures | {"a_step": sums} | bench.peak()  # calls and bytes
 
 
-def write(bench: Bench) -> None:
-    """The checkpoint, by the first rank, which holds all of it for as long."""
-    from fms.models import get_model
-    from fms.models.convert import save_model
-
-    path = bench.args.checkpoint
-    if dist.get_rank() == 0 and not path.exists():
-        fields = TINY if bench.args.tiny else {}
-        kind = bench.device.type
-        whole = get_model(
-            "llama", "2-7b", device_type=kind, data_type=bench.dtype, distributed_strategy="none", **fields
-        )
-        save_model(whole, path, "hf")
-    gc.collect()
-    dist.barrier()
+def there(bench: Bench) -> Path:
+    """The checkpoint, which another process may be writing yet."""
+    path, until = bench.args.checkpoint, time.monotonic() + LOST / 2
+    while not (path / "config.json").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    return path
 
 
 def loaded(bench: Bench) -> dict[str, Any]:
     from fms.models import get_model
 
+    there(bench)
     return load(bench, lambda: get_model(model_path=bench.args.checkpoint, device_type=bench.device.type))
 
 
 def load(bench: Bench, call: Callable[[], Any]) -> dict[str, Any]:
     """Seconds until the last rank has it, GB that the host's memory grew by at its peak, and of weights on a rank."""
-    reset_peak()
-    before = peak_of_host()
     dist.barrier()
     start = time.perf_counter()
-    model = call()
+    model, host = watched(call)
     bench.sync()
     dist.barrier()
-    seconds = time.perf_counter() - start
-    figures = {"seconds": round(seconds, 2), "host_gb": round(peak_of_host() - before, 3)}
+    figures = {"seconds": round(time.perf_counter() - start, 2), "host_gb": round(host, 3)}
     return figures | {"weights_gb": round(held(model), 3)} | bench.peak()
+
+
+def watched(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call gives, and how many GB this process's memory that is no file's grew by at its peak."""
+
+    def now() -> float:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["RssAnon"].split()[0]) * 1024 / 1e9
+
+    def look() -> None:
+        while not ended.wait(0.01):
+            seen.append(now())
+
+    seen, ended = [now()], threading.Event()
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    try:
+        return call(), max(seen) - seen[0]
+    finally:
+        ended.set()
+        watch.join()
 
 
 def ibm(bench: Bench) -> None:
@@ -238,29 +325,27 @@ def ibm(bench: Bench) -> None:
             bench.timed(lambda: model(token, past_key_value_states=cache, use_cache=True)) for _ in range(bench.steps)
         ]
         run = lambda: generate(model, ids, max_new_tokens=bench.new, do_sample=False, use_cache=True)
-        run()
-        whole = statistics.median([bench.timed(run) for _ in range(3)])
+        whole = bench.timed(run)
         return {
             "single_ms": round(statistics.median(step[10:]), 2),
             "end_to_end_ms": round(whole / bench.new, 2),
             **bench.peak(),
         }
 
-    for architecture, variant, fields in bench.models:
-        name = f"{architecture} {variant}"
-        fields = {key: value for key, value in fields.items() if key != "max_expected_seq_len"}
-        try:
+    for name, (architecture, variant) in bench.models.items():
+        fields = {key: value for key, value in bench.fields.items() if key != "max_expected_seq_len"}
+        kept: list[Any] = []
+
+        def weights(where: tuple[str, str] = (architecture, variant), kept: Any = kept, fields: Any = fields) -> Any:
             torch.manual_seed(0)
-            model = get_model(architecture, variant, device_type=bench.device.type, distributed_strategy="tp",
-                              group=dist.group.WORLD, **fields).eval()  # fmt: skip
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            bench.row(what="model", model=name, error=str(error)[:300])
-            continue
-        bench.row(what="weights a rank", model=name, gb=round(held(model), 3))
-        for length in bench.prompts:
-            ids = bench.ids(model.config.src_vocab_size, length)
-            bench.cell(lambda model=model, ids=ids: cells(model, ids), model=name, prompt=length)
-        del model
+            kept.append(get_model(*where, device_type=bench.device.type, distributed_strategy="tp",
+                                  group=dist.group.WORLD, **fields).eval())  # fmt: skip
+            return {"gb": round(held(kept[0]), 3), **bench.peak()}
+
+        bench.cell(weights, what="weights a rank", model=name)
+        for length in bench.prompts if kept else ():
+            ids = bench.ids(kept[0].config.src_vocab_size, length)
+            bench.cell(lambda model=kept[0], ids=ids: cells(model, ids), model=name, prompt=length)
 
 
 def transformers(bench: Bench) -> None:
@@ -270,46 +355,28 @@ def transformers(bench: Bench) -> None:
     kept: list[Any] = []
 
     def call() -> Any:
-        kept.append(hf.AutoModelForCausalLM.from_pretrained(bench.args.checkpoint, dtype="auto", tp_plan="auto"))
+        kept[:] = [hf.AutoModelForCausalLM.from_pretrained(bench.args.checkpoint, dtype="auto", tp_plan="auto")]
         return kept[0]
 
     def cells(ids: torch.Tensor) -> dict[str, Any]:
         how = {"max_new_tokens": bench.new, "min_new_tokens": bench.new, "do_sample": False, "pad_token_id": 0}
         run = lambda: kept[0].generate(ids, attention_mask=torch.ones_like(ids), **how)
-        run()
-        whole = statistics.median([bench.timed(run) for _ in range(3)])
-        return {"end_to_end_ms": round(whole / bench.new, 2), **bench.peak()}
+        bench.timed(run)
+        return {"end_to_end_ms": round(bench.timed(run) / bench.new, 2), **bench.peak()}
 
-    bench.cell(lambda: load(bench, call), what="load", model="llama 2-7b")
+    there(bench)
+    bench.cell(lambda: load(bench, call), what="load by transformers", model="llama 2-7b")
     if kept:
-        for length in bench.prompts:
-            ids = bench.ids(kept[0].config.vocab_size, length)
-            bench.cell(lambda ids=ids: cells(ids), model="llama 2-7b", prompt=length)
+        ids = bench.ids(kept[0].config.vocab_size, bench.prompts[0])
+        bench.cell(lambda: cells(ids), what="transformers", model="llama 2-7b", prompt=bench.prompts[0])
 
 
-RUNS: dict[str, Callable[[Bench], None]] = {"fms": ours, "ibm-fms": ibm, "transformers": transformers}
+RUNS: dict[str, Callable[[Bench], None]] = {"fms": ours, "more": more, "ibm-fms": ibm, "transformers": transformers}
 
 
 def held(model: torch.nn.Module) -> float:
     """GB of weights on this rank."""
     return sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters()) / 1e9
-
-
-def reset_peak() -> None:
-    """Let the kernel forget the highest memory so far, where it can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_of_host() -> float:
-    """GB, of memory that is no file's, at the most; the highest resident one where the kernel does not say."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 if __name__ == "__main__":
