@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from fms.modules.tp import resharded, shard_of, unpadded
 from fms.utils.serialization.checkpoint import Checkpoint
 from fms.utils.serialization.errors import CheckpointError, nearest
 from fms.utils.serialization.readers import Reader
+from fms.utils.serialization.stored import Index
 from fms.utils.serialization.tables import Part
 
 SHOWN = 20  # faults of those that do not fit
 READERS = 2  # threads: one waits for the disk while another converts
+PIECE = 128 << 20  # bytes of the host's memory for a tensor on its way to another device
 
 
 def plan(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> dict[str, Part]:
@@ -95,14 +98,15 @@ def fill(
     device: torch.device,
     finite: bool = False,
 ) -> None:
-    """Give each parameter its tensor. Extra memory is that of the few tensors in flight.
+    """Give each parameter its tensor. Extra memory of the host is that of the few tensors, or pieces, in flight.
 
     `finite` raises `CheckpointError` naming the tensors that hold NaN or infinity.
     """
 
     def read(name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
-        return shard_of(model.get_submodule(owner), leaf, partial(parts[name].read, reader)).to(device, dtype)
+        get = parts[name].read if device.type == "cpu" else partial(_in_pieces, parts[name], device, dtype)
+        return shard_of(model.get_submodule(owner), leaf, partial(get, reader)).to(device, dtype)
 
     bad = []
     with ThreadPoolExecutor(READERS) as pool:
@@ -115,6 +119,24 @@ def fill(
             module.register_parameter(leaf, nn.Parameter(resharded(old, tensor), old.requires_grad))
     if bad:
         raise CheckpointError(f"not finite: {', '.join(bad)}")
+
+
+def _in_pieces(part: Part, device: torch.device, dtype: torch.dtype, reader: Reader, index: Index = ()) -> Tensor:
+    """What `part.read(reader, index)` gives, on another device."""
+    shape = part.shape(reader)
+    dim = 1 if part.turned else 0  # that of the file's rows
+    index = (*index, *[slice(0, n) for n in shape[len(index) :]])
+    sizes = [s.stop - s.start for s in index]
+    nbytes = prod(sizes) * reader.dtype(part.key).itemsize
+    if nbytes <= PIECE:
+        return part.read(reader, index).to(device, dtype)
+    whole = torch.empty(sizes, dtype=dtype, device=device)
+    start = index[dim].start
+    for piece in whole.split(max(1, sizes[dim] * PIECE // nbytes), dim):
+        stop = start + piece.shape[dim]
+        piece.copy_(part.read(reader, (*index[:dim], slice(start, stop), *index[dim + 1 :])))
+        start = stop
+    return whole
 
 
 def _in_order(pool: ThreadPoolExecutor, read: Callable[[str], Tensor], names: Sequence[str]) -> Iterator:
