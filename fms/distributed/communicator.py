@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from fms.distributed.symmetric import SymmetricMemory, set_up
+from fms.kernels.sum_add import Peers
 
 log = logging.getLogger(__name__)
 _ops = torch.ops._c10d_functional
@@ -103,6 +104,24 @@ class Communicator:
             return _Leave.apply(x, self) if _differentiable(x) else self.sum(x)
         return _Scatter.apply(x, self, True) if _differentiable(x) else self.share(x, True)
 
+    def leave_add(self, x: Tensor, residual: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+        if self.tokens is None and self.symmetric is not None and self.symmetric.adds(x):
+            if not torch.compiler.is_compiling():
+                self._count("all_reduce", x)
+                self._count("all_reduce by symm_mem", x)
+            return self.symmetric.add(x, residual, scale, bias)
+        x = self.leave(x)
+        return torch.add(residual, x if bias is None else x + bias, alpha=scale)
+
+    @property
+    def peers(self) -> Peers | None:
+        """What our own kernels reach the other ranks by."""
+        return None if self.symmetric is None else self.symmetric.peers
+
+    @property
+    def backend(self) -> str:
+        return dist.get_backend(self.group)
+
     def same(self, x: Tensor) -> Tensor:
         return _Same.apply(x, self) if _differentiable(x) else x
 
@@ -137,6 +156,8 @@ class Communicator:
             return x
         x = x.contiguous()
         if torch.compiler.is_compiling():
+            if self.symmetric is not None and self.symmetric.adds(x):
+                return self.symmetric.add(x)
             return _ops.wait_tensor(_ops.all_reduce(x, "sum", self.name))
         self._count("all_reduce", x)
         if self.symmetric is not None and self.symmetric.takes(x):

@@ -2,10 +2,14 @@
 
 import socket
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fms.kernels.skinny import machine
+from fms.kernels.sum_add import BLOCK, SLOT, Peers, make_peers, register_peers, room, serves_sum, sum_add, sum_add_of
 
 DTYPES = (torch.bfloat16, torch.float32)  # the kernels know no other
 ONE_SHOT = 256 << 10  # bytes up to which each rank reads all of every other; beyond, a share of each, then the sums
@@ -24,12 +28,26 @@ class SymmetricMemory:
         self.name = group.group_name
         memory = _shared(MOST, group, device)
         self.buffers = {dtype: memory.view(dtype) for dtype in DTYPES}
+        self.peers = None if machine(device) is None else _peers(group, device)
+
+    def adds(self, x: Tensor) -> bool:
+        """Whether `add` takes x."""
+        return self.peers is not None and serves_sum(x)
+
+    def add(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+        """`residual + scale * (sum of all ranks' x + bias)`, by our own kernel."""
+        if torch.compiler.is_compiling():
+            return sum_add_of(x, self.name, residual, scale, bias)
+        assert self.peers is not None
+        return sum_add(x, self.peers, residual, scale, bias)
 
     def takes(self, x: Tensor) -> bool:
-        return x.dtype in self.buffers and x.nbytes <= MOST and x.nbytes % ALIGNED == 0
+        return self.adds(x) or (x.dtype in self.buffers and x.nbytes <= MOST and x.nbytes % ALIGNED == 0)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, which is contiguous and may be overwritten."""
+        if self.adds(x):
+            return self.add(x)
         inside = self.buffers[x.dtype][: x.numel()].view(x.shape)
         inside.copy_(x)
         if x.nbytes <= ONE_SHOT:
@@ -44,6 +62,11 @@ class SymmetricMemory:
                 x = torch.full((nbytes // dtype.itemsize,), rank + 1, dtype=dtype, device=buffer.device)
                 if not (self.sum(x) == size * (size + 1) // 2).all():
                     wrong.append(f"symmetric memory: a wrong sum of {nbytes} bytes of {dtype}")
+        if self.peers is not None:
+            for n in (8, BLOCK + 8, SLOT):
+                x = torch.full((n,), rank + 1, dtype=torch.bfloat16, device=self.peers.bases.device)
+                if not (self.add(x, x, 2.0) == rank + 1 + size * (size + 1)).all():
+                    wrong.append(f"symmetric memory: a wrong sum of {n} numbers by our kernel")
         return wrong[0] if wrong else ""
 
     def __str__(self) -> str:
@@ -57,11 +80,20 @@ def set_up(group: dist.ProcessGroup, device_type: str) -> tuple[SymmetricMemory 
     """
     if device_type != "cuda":
         return None, f"symmetric memory is between GPUs, not on {device_type}"
-    machines: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(machines, socket.gethostname(), group=group)
-    if len(set(machines)) > 1:
-        return None, "symmetric memory is within one machine"
-    return _made(group, torch.device("cuda", torch.cuda.current_device()))
+    if group not in _known:
+        machines: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(machines, socket.gethostname(), group=group)
+        if len(set(machines)) > 1:
+            _known[group] = None, "symmetric memory is within one machine"
+        else:
+            with torch.inference_mode(False):  # buffers of it could not be written to outside of it
+                _known[group] = _made(group, torch.device("cuda", torch.cuda.current_device()))
+    return _known[group]
+
+
+# Of a group, for as long as it lives: ranks must free and make such memory in one order, but models end when Python's
+# garbage is collected, on each rank at another time.
+_known: WeakKeyDictionary[dist.ProcessGroup, tuple[SymmetricMemory | None, str]] = WeakKeyDictionary()
 
 
 def _made(group: dist.ProcessGroup, device: torch.device) -> tuple[SymmetricMemory | None, str]:
@@ -94,6 +126,23 @@ def _shared(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Tens
     memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
     symmetric_memory.rendezvous(memory, group)
     return memory
+
+
+def _peers(group: dist.ProcessGroup, device: torch.device) -> Peers:
+    """Memory of our own kernels, zero when this returns; the ranks agree that all have come so far before its use."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    memory = symmetric_memory.empty(room(dist.get_world_size(group)), dtype=torch.uint8, device=device)
+    _kept.append(memory.zero_())
+    handle, rank = symmetric_memory.rendezvous(memory, group), dist.get_rank(group)
+    inside = memory.data_ptr() - handle.buffer_ptrs[rank]  # the same on all ranks
+    peers = make_peers([address + inside for address in handle.buffer_ptrs], rank, device)
+    register_peers(group.group_name, peers)
+    torch.cuda.synchronize(device)
+    return peers
+
+
+_kept: list[Tensor] = []  # kernels know addresses only
 
 
 def _one_shot(inside: Tensor, operation: str, name: str) -> Tensor:

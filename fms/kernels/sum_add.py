@@ -8,7 +8,7 @@ from torch import Tensor
 from fms.kernels.skinny import HALF, Sizes, machine, start
 
 BLOCK = 1024  # elements a program
-BLOCKS = 256  # programs of the largest sum
+BLOCKS = 128  # programs of the largest sum
 ROWS = 256  # of a batch whose tokens are chosen together
 SLOT = BLOCK * BLOCKS  # elements
 TOKENS = 3 * SLOT * 2  # where the memory's parts begin, in bytes
@@ -17,8 +17,8 @@ WAIT = 1 << 27  # looks for another rank, of about a microsecond each
 
 
 class Peers(NamedTuple):
-    """Ranks of one machine, by memory that each of them addresses: of rank r `nbytes(size)` from `bases[r]` on, zero
-    before any of them starts. `times` (int64) counts what this rank has met the others for."""
+    """Ranks of one machine, by memory that each of them addresses: `room(size)` bytes of rank r from `bases[r]` on,
+    zero before any of them starts. `times` (int64) counts what this rank has met the others for."""
 
     bases: Tensor
     times: Tensor
@@ -26,7 +26,7 @@ class Peers(NamedTuple):
     size: int
 
 
-def nbytes(size: int) -> int:
+def room(size: int) -> int:
     return FLAGS + (BLOCKS + ROWS) * size * 8
 
 
@@ -36,7 +36,7 @@ def make_peers(addresses: list[int], rank: int, device: torch.device) -> Peers:
 
 
 def serves_sum(y: Tensor) -> bool:
-    return y.dtype in HALF and 0 < y.numel() <= SLOT and machine(y.device) is not None
+    return y.dtype in HALF and 0 < y.numel() <= SLOT and y.shape[-1] % 8 == 0
 
 
 def sum_add(
@@ -58,7 +58,7 @@ def sum_add(
         return (-(-n // BLOCK),), named
 
     key = -(-n // BLOCK), width, peers.rank, peers.size, residual is None, bias is None
-    start(kernel, (*tensors, peers.bases, peers.times, n, float(scale)), sizes, key)
+    start(kernel, (*tensors, peers.bases, peers.times, n // 8, float(scale)), sizes, key)
     return out
 
 
@@ -66,3 +66,21 @@ def meeting(peers: Peers | None) -> dict[str, int]:
     """What kernels in which ranks meet are compiled for."""
     rank, size = (0, 1) if peers is None else (peers.rank, peers.size)
     return {"FLAGS": FLAGS, "RANK": rank, "RANKS": size, "WAIT": WAIT}
+
+
+_peers: dict[str, Peers] = {}  # by the name of their group, as a compiled graph has no other handle
+
+
+def register_peers(group: str, peers: Peers) -> None:
+    """Let `sum_add_of` find the ranks of this group."""
+    _peers[group] = peers
+
+
+@torch.library.custom_op("fms::sum_add", mutates_args=())
+def sum_add_of(y: Tensor, group: str, residual: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
+    return sum_add(y, _peers[group], residual, scale, bias)
+
+
+@sum_add_of.register_fake
+def _(y, group, residual, scale, bias):
+    return torch.empty_like(y)

@@ -84,8 +84,7 @@ class Frozen(nn.Module):
         """{linear + residual}, with the sum over ranks between where there are several."""
         if self.comm is None:
             return linear_add(x, linear, residual, scale)
-        y = self.comm.leave(norm_linear(x, None, Fused(linear.weight, None)))
-        return torch.add(residual, y if linear.bias is None else y + linear.bias, alpha=scale)
+        return self.comm.leave_add(norm_linear(x, None, Fused(linear.weight, None)), residual, scale, linear.bias)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # moves the views one by one: they leave the fused weight

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms.kernels.sum_add import Peers
+
 Plan = dict[str, str]  # a part's name ("" is the module itself) to its word
 
 
@@ -40,6 +42,17 @@ class Communicator(Protocol):
 
     def leave(self, x: Tensor) -> Tensor:
         """The sum over ranks of x (b, s, ...), of this rank's tokens; its gradient is the same for each."""
+
+    def leave_add(self, x: Tensor, residual: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+        """`residual + scale * (leave(x) + bias)`, without a gradient."""
+
+    @property
+    def peers(self) -> Peers | None:
+        """What kernels in which ranks meet reach the others by, where there are such."""
+
+    @property
+    def backend(self) -> str:
+        """The name of what sums go through in the end: "nccl", "gloo"."""
 
     def scatter(self, x: Tensor) -> Tensor:
         """Of x (b, s, ...), which all ranks have, this rank's tokens."""

@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fms.utils.capture import CapturedStep
 from fms.utils.devices import is_out_of_memory
-from fms.utils.generation import PREFILL_CHUNK, Run, _share, generate
+from fms.utils.generation import PREFILL_CHUNK, Run, generate
 from fms.utils.measure import peak, reset_peak, step_bytes, synchronise, trace
-from fms.utils.sampling import Sampling, choose
+from fms.utils.sampling import Sampling, choose, share_of
 
 FAILED = "does not compile"
 TASKS = ("single", "e2e")
@@ -199,7 +199,7 @@ class Bench:
     def _step(self, mode: Mode, cached: bool) -> tuple[Callable[[], Any], Callable[[], Tensor]]:
         """The same token again and again."""
         cache = self._prefilled(self.length + 1) if cached else None
-        given, share = self.ids[:, -1:] if cached else self.ids, _share(self.model.head)
+        given, share = self.ids[:, -1:] if cached else self.ids, share_of(self.model.head)
         rows = torch.arange(self.batch, device=self.device)
 
         def logits(local: bool) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fms.kernels.next_token import choose_greedily, make_rows, move_on, stop
+from fms.kernels.sum_add import ROWS
 from fms.modules.cache import StaticCache
-from fms.utils.sampling import Sampling, choose
+from fms.utils.sampling import Sampling, choose, share_of
 
 
 class CapturedStep:
@@ -22,6 +23,11 @@ class CapturedStep:
         if how is not None and how.repetition_penalty != 1:
             raise ValueError("a repetition penalty is not part of the captured step")
         self.model, self.cache, self.how = model, cache, how or Sampling()
+        self.share = share_of(model.head)
+        self.peers = None
+        if self.share is not None and cache.batch <= ROWS:
+            everywhere = model.config.src_vocab_size > self.share.size * (self.share.comm.size - 1)
+            self.peers = self.share.comm.peers if everywhere else None  # else a rank has no logits
         self.rows = make_rows(cache.batch, sorted(eos), cache.device)
         self.numbers = torch.arange(cache.batch, device=cache.device)
         self.angles: Tensor | None = None  # (2, b or 1, max_len, 1, head_dim): cos and sin of all positions
@@ -78,7 +84,8 @@ class CapturedStep:
         if self.angles is not None:
             of_a_row = self.numbers[:, None] if self.angles.shape[1] > 1 else 0
             angles = self.angles[:, of_a_row, rows.lengths].unbind()
-        logits = self.model(rows.fed, cache=self.cache, last_n_tokens=1, angles=angles)[:, -1]
-        if self.how.greedy:
-            return choose_greedily(logits, rows)
-        move_on(*choose(logits, self.how, self.numbers, rows.lengths[:, 0] + 1), rows)
+        local = self.share is not None
+        logits = self.model(rows.fed, cache=self.cache, last_n_tokens=1, angles=angles, local=local)[:, -1]
+        if self.how.greedy and (self.share is None or self.peers is not None):
+            return choose_greedily(logits, rows, self.peers, 0 if self.share is None else self.share.first)
+        move_on(*choose(logits, self.how, self.numbers, rows.lengths[:, 0] + 1, self.share), rows)

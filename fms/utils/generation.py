@@ -14,7 +14,7 @@ from fms.modules.cache import StaticCache
 from fms.modules.frozen import Frozen
 from fms.utils.capture import CapturedStep
 from fms.utils.prompts import check_ids, encode_prompt, rows_of
-from fms.utils.sampling import Sampling, Share, choose, penalise
+from fms.utils.sampling import Sampling, choose, penalise, share_of
 from fms.utils.serialization.errors import nearest
 from fms.utils.tokenizers import BaseTokenizer
 
@@ -188,7 +188,7 @@ class Run:
         if "" in self.stop:
             raise ValueError("stop strings must not be empty")
         self.timing = Timing()
-        self.share = _share(model.head) if after is None else None  # a hook sees whole logits
+        self.share = share_of(model.head) if after is None else None  # a hook sees whole logits
         self.device = model.embedding.weight.device
         check_ids(prompts, model.config.src_vocab_size)
         self.prompts = [p.to(self.device) for p in prompts]
@@ -233,10 +233,10 @@ class Run:
             return f"with {type(self.cache).__name__ if self.cache else 'no cache'}: it takes a StaticCache"
         if not all(isinstance(layer, Frozen) for layer in self.model.layers):
             return "of a model that is not frozen: call freeze(model)"
-        if self.share is not None:
-            return "of a model that several ranks hold"
         if self.before or self.after:
             return "with hooks"
+        if self.share is not None and self.share.comm.backend != "nccl":
+            return f"of a model whose ranks sum by {self.share.comm.backend}: it takes nccl"
         return "with a repetition penalty" if self.how.repetition_penalty != 1 else ""
 
     @torch.inference_mode()
@@ -389,12 +389,6 @@ class Run:
         anew = self.model.no_cache(self.span)
         h = self.model.hidden(input_ids, **({"cache": anew} | kwargs))
         return self._logits(h[torch.arange(len(h), device=h.device), self._last(i)]), kwargs
-
-
-def _share(head: Any) -> Share | None:
-    """Of the vocabulary, where several ranks hold it."""
-    rows = getattr(head, "shards", {}).get("weight")
-    return None if rows is None else Share(head.comm, rows[0].start, head.share)
 
 
 def _sampling(given: dict[str, Any], defaults: dict[str, Any]) -> Sampling:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,12 @@ class Share(NamedTuple):
     comm: Communicator
     first: int
     size: int
+
+
+def share_of(head: Any) -> Share | None:
+    """Which part of the vocabulary a model's head has here; `None`: all of it."""
+    rows = getattr(head, "shards", {}).get("weight")
+    return None if rows is None else Share(head.comm, rows[0].start, head.share)
 
 
 def choose(

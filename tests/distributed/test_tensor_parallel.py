@@ -9,8 +9,8 @@ from torch import Tensor
 from fms.distributed import communicator
 from fms.models import freeze, get_model
 from fms.models.convert import save_model
-from fms.utils.generation import _share, generate
-from fms.utils.sampling import Sampling, choose
+from fms.utils.generation import generate
+from fms.utils.sampling import Sampling, choose, share_of
 from tests.distributed.ranks import Ranks
 
 SIZES = {"src_vocab_size": 103, "emb_dim": 64, "nheads": 8, "hidden_dim": 96, "nlayers": 2, "max_expected_seq_len": 64}
@@ -303,7 +303,7 @@ def compiled_step(mesh: Any, case: str) -> Tensor:
     """The tokens of some steps, each of them one graph: from the last token to the next."""
     torch._dynamo.reset()
     model = freeze(random_model(case, mesh))
-    cache, share = model.make_cache(2, 16), _share(model.head)
+    cache, share = model.make_cache(2, 16), share_of(model.head)
     how, rows = Sampling(do_sample=True, top_k=9, seed=2), torch.arange(2)
 
     def step(tokens: Tensor, place: Tensor) -> Tensor:

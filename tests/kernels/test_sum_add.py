@@ -11,7 +11,7 @@ from torch import Tensor
 from fms.kernels import next_token, skinny, sum_add
 from fms.kernels.next_token import make_rows
 from fms.kernels.skinny import Machine
-from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, TOKENS, Peers, make_peers, nbytes
+from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, TOKENS, Peers, make_peers, room
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def together(size: int, device: str) -> tuple[list[Tensor], list[Peers]]:
-    memory = [torch.zeros(nbytes(size) // 8, dtype=torch.long, device=device) for _ in range(size)]
+    memory = [torch.zeros(room(size) // 8, dtype=torch.long, device=device) for _ in range(size)]
     addresses = [m.data_ptr() for m in memory]
     return memory, [make_peers(addresses, rank, torch.device(device)) for rank in range(size)]
 
@@ -48,8 +48,8 @@ def test_a_sum_with_others_that_were_there_before(
     interpreted: None, size: int, rank: int, time: int, with_residual: bool
 ) -> None:
     memory, peers = together(size, "cpu")
-    parts = [torch.randn(3, 700).half() for _ in range(size)]
-    residual, bias = (torch.randn(3, 700).half(), torch.randn(700).half()) if with_residual else (None, None)
+    parts = [torch.randn(3, 704).half() for _ in range(size)]
+    residual, bias = (torch.randn(3, 704).half(), torch.randn(704).half()) if with_residual else (None, None)
     mine = peers[rank]
     mine.times.fill_(time)
     for r in range(size):
@@ -68,7 +68,7 @@ def test_a_sum_with_others_that_were_there_before(
 def test_a_rank_that_never_comes_ends_the_wait(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sum_add, "WAIT", 3)
     _, peers = together(2, "cpu")
-    assert sum_add.sum_add(torch.ones(5).half(), peers[0]).isnan().all()
+    assert sum_add.sum_add(torch.ones(8).half(), peers[0]).isnan().all()
 
 
 @pytest.mark.parametrize("theirs", [9.0, -9.0, float("nan"), 2.0])
@@ -110,7 +110,7 @@ def in_turn(size: int, work: Callable[[int], None], times: int) -> None:
 def test_sums_on_a_gpu(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sum_add, "WAIT", 1 << 22)
     _, peers = together(size, "cuda")
-    for shape in ((2, 1, 4096), (1, 1, 40), (7, 1, 2050)):
+    for shape in ((2, 1, 4096), (1, 1, 40), (7, 1, 2056)):
         parts = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(size)]
         residual = torch.randn(*shape, device="cuda").to(dtype)
         want = wanted(parts, residual, 0.5, None)

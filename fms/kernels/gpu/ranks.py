@@ -11,7 +11,7 @@ from fms.kernels.gpu.parts import early, vector
 @triton.jit
 def of_rank(bases, r, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
     """The address of a part of rank r's memory, whose beginnings are in `bases`."""
-    return (tl.load(bases + r) + OFFSET).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of((tl.load(bases + r) + OFFSET).to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
@@ -37,19 +37,19 @@ def meet(bases, flag, time, FLAGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.c
     return late == 0
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["eighths"])
 def sum_add(
-    y, residual, bias, out, bases, times, n, scale,
+    y, residual, bias, out, bases, times, eighths, scale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, FLAGS: tl.constexpr, RANK: tl.constexpr,
     RANKS: tl.constexpr, WAIT: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`residual + scale * (the ranks' sum of y + bias)`, n elements, added in the order of ranks.
+    """`residual + scale * (the ranks' sum of y + bias)`, 8 times `eighths` elements, added in the order of ranks.
 
     Meetings take turns in three slots: who has met the others knows that they have read the slots of earlier ones.
     """
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+    inside = at < eighths * 8  # said so that a thread's elements are fetched at once
     KIND: tl.constexpr = y.dtype.element_ty
     early(EARLY)
     time = tl.load(times + block)

@@ -1,0 +1,120 @@
+"""The decode step of a model that several ranks hold, captured, gives the tokens of one process."""
+
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fms.models import freeze
+from fms.utils.capture import CapturedStep
+from fms.utils.generation import Run, generate
+from fms.utils.sampling import Sampling
+from tests.distributed.ranks import ROOT, Ranks
+from tests.distributed.test_tensor_parallel import random_model, some_ids
+
+HOW: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"do_sample": True, "top_k": 9, "seed": 2}}
+
+
+class Played(CapturedStep):
+    """The captured step without a graph."""
+
+    def _capture(self) -> None:
+        self.graph = SimpleNamespace(replay=self._step)  # type: ignore[assignment]
+
+
+def replayed(mesh: Any, case: str, how: dict[str, Any]) -> list[list[int]]:
+    model = freeze(random_model(case, mesh))
+    ids, tokens = some_ids(2, 5), []
+    with torch.inference_mode():
+        cache = model.make_cache(2, 12)
+        model.hidden(ids[:, :-1], cache=cache)
+        step = Played(model, cache, Sampling(**how))
+        step.begin(ids[:, -1], [12, 10])
+        for _ in range(7):
+            step.replay()
+            tokens.append(step.tokens.clone())
+    return torch.stack(tokens, 1).tolist()
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("case", ["llama", "gpt_bigcode"])
+def test_the_same_tokens_on_several_ranks(ranks: Ranks, case: str, how: str) -> None:
+    want = generate(freeze(random_model(case)), some_ids(2, 5), max_new_tokens=7, eos_token_id=(), **HOW[how])
+    for tokens in ranks.run(2, replayed, case, HOW[how]):
+        assert tokens[0] == want[0, 5:].tolist()
+        assert tokens[1][:5] == want[1, 5:10].tolist()  # then the row is full
+
+
+def refused(mesh: Any) -> str:
+    model = freeze(random_model("llama", mesh))
+    run = Run(model, [torch.tensor([1, 2])], max_new_tokens=20)
+    run.device = torch.device("cuda")
+    return run._obstacle()
+
+
+def test_a_backend_of_the_host_is_an_obstacle(ranks: Ranks) -> None:
+    assert ranks.run(2, refused) == ["of a model whose ranks sum by gloo: it takes nccl"] * 2
+
+
+PROGRAM = """
+import torch
+from fms.distributed.launch import launch
+from fms.models import freeze, get_model
+from fms.utils.generation import generate
+
+launch()
+fields = dict(src_vocab_size=1000, emb_dim=256, nheads=8, kvheads=4, head_dim=32, nlayers=3, max_expected_seq_len=128)
+prompts = [torch.arange(20) * 7 % 1000, torch.arange(9), torch.arange(3)]
+for architecture in ("llama", "granite"):
+    for dtype in ("fp32", "bf16", "fp16"):
+        def made(strategy, **more):
+            torch.manual_seed(0)
+            variant = "micro" if architecture == "llama" else "8b"
+            model = get_model(architecture, variant, device_type="cuda", data_type=dtype, distributed_strategy=strategy,
+                              **fields, **more)
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.dim() > 1:
+                        p.mul_(8)
+            return freeze(model)
+        one, many = made("none"), made("tp")
+        for how in ({}, {"do_sample": True, "seed": 1}, {"top_k": 20, "top_p": 0.9, "seed": 3}):
+            plain = generate(many, prompts, max_new_tokens=40, capture=False, **how)
+            assert many.comm.counts["all_reduce by symm_mem"][0] or many.comm.symmetric is None
+            for _ in range(3):
+                captured = generate(many, prompts, max_new_tokens=40, capture=True, **how)
+                assert all(map(torch.equal, plain, captured)), (architecture, dtype, how)
+            if dtype == "fp32":
+                assert all(map(torch.equal, plain, generate(one, prompts, max_new_tokens=40, **how)))
+        if dtype == "bf16":
+            compiled = made("tp", compile="blocks")
+            a, b = (generate(compiled, prompts, max_new_tokens=40, capture=c) for c in (False, True))
+            assert all(map(torch.equal, a, b))
+    print(architecture, many.comm.symmetric, flush=True)
+torch.distributed.destroy_process_group()
+print("all is well")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("communicator", ["auto", "nccl"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_on_several_gpus(size: int, communicator: str) -> None:
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"takes {size} GPUs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}", f"--master_port={port}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "FMS_COMMUNICATOR": communicator}
+    done = subprocess.run(
+        [*command, "--no-python", sys.executable, "-c", PROGRAM],
+        env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all is well") == size
