@@ -32,8 +32,8 @@ import torch.distributed as dist
 
 MODELS: dict[str, tuple[str, str]] = {"7b": ("llama", "2-7b"), "granite": ("granite", "8b"), "70b": ("llama", "2-70b")}
 PROMPTS, BATCH, NEW, STEPS = (512, 256, 1024), 2, 64, 40
-SMALL = {"src_vocab_size": 1000, "emb_dim": 256, "nheads": 8, "kvheads": 4, "nlayers": 4, "max_expected_seq_len": 512}
-TINY = SMALL | {"nlayers": 2, "max_expected_seq_len": 128}
+SMALL = {"src_vocab_size": 1000, "emb_dim": 256, "nheads": 8, "kvheads": 4, "nlayers": 4, "hidden_dim": 704}
+TINY = SMALL | {"nlayers": 2}
 SAMPLED: tuple[dict[str, Any], ...] = ({}, {"seed": 3, "top_k": 20})
 WHOSE = "whose figures; more: of ours the models after the first (default: fms more)"
 LOST = 60  # seconds after which a rank that does not come is given up
@@ -333,7 +333,7 @@ def ibm(bench: Bench) -> None:
         }
 
     for name, (architecture, variant) in bench.models.items():
-        fields = {key: value for key, value in bench.fields.items() if key != "max_expected_seq_len"}
+        fields = {key: value for key, value in bench.fields.items() if key != "hidden_dim"}
         kept: list[Any] = []
 
         def weights(where: tuple[str, str] = (architecture, variant), kept: Any = kept, fields: Any = fields) -> Any:
