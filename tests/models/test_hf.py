@@ -1,16 +1,19 @@
 """Causal models as Hugging Face models against transformers' own, with the same weights."""
 
+import copy
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fms.models import freeze, get_model
+from fms.models.convert import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,7 +23,7 @@ from tests.small import small_granite, small_model  # noqa: E402
 from tests.tiny import write_tiny_chat  # noqa: E402
 
 CASES = ["gqa", "both biases, tied", "granite, tied", "mistral, window", "mixtral", "qwen3", "gpt_bigcode"]
-CASES += ["dynamic, short", "granite 4, dense, no rotary"]
+CASES += ["dynamic, short", "dynamic, beyond", "granite 4, dense, no rotary"]
 LEFT = torch.tensor([[0] * 5 + [1] * 7, [1] * 12])
 HOW: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -95,6 +98,61 @@ def test_a_frozen_model_generates_the_same(tmp_path: Path) -> None:
     assert torch.equal(*found)
 
 
+@torch.no_grad()
+def test_generate_from_embeddings() -> None:
+    hf = small_hf(eos_token_id=None)
+    ids = torch.randint(24, (2, 6))
+    want = hf.generate(ids, max_new_tokens=8)[:, 6:]
+    assert torch.equal(hf.generate(inputs_embeds=hf.get_input_embeddings()(ids), max_new_tokens=8), want)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], list[list[int]]]] = {  # of a cache, and the tokens that it then holds
+    "crop": (lambda cache: cache.crop(-4), [[1, 2], [7, 8]]),
+    "crop all": (lambda cache: cache.crop(-6), [[], []]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [[7, 8, 9, 10, 11, 12]]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [[*range(1, 7)]] * 2 + [[*range(7, 13)]] * 2),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [[*range(7, 13)], [*range(1, 7)]]),
+    "copy": (copy.deepcopy, [[*range(1, 7)], [*range(7, 13)]]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_cache_that_was_changed_goes_on(change: str) -> None:
+    hf = small_hf()
+    act, held = CHANGES[change]
+    cache = transformers.DynamicCache(config=hf.config)
+    hf(torch.arange(1, 13).view(2, 6), past_key_values=cache)
+    cache = act(cache) or cache
+    more = torch.randint(24, (len(held), 3))
+    whole = torch.cat((torch.tensor(held).long(), more), 1)
+    for first, end in ((0, 1), (1, 3)):  # one token, then two
+        assert cache.get_seq_length() == len(held[0]) + first
+        got = hf(more[:, first:end], past_key_values=cache).logits
+        close(got, hf(whole[:, : len(held[0]) + end], use_cache=False).logits[:, first - end :])
+
+
+def test_a_cache_may_be_reset() -> None:
+    hf, ids = small_hf(), torch.randint(24, (2, 6))
+    cache = transformers.DynamicCache(config=hf.config)
+    with torch.no_grad():
+        want = hf(ids, past_key_values=cache).logits
+        cache.reset()
+        if cache.get_seq_length():
+            pytest.skip("this release of transformers keeps the length")
+        close(hf(ids, past_key_values=cache).logits, want)
+        assert cache.get_seq_length() == 6
+
+
+def test_a_cache_serves_with_gradients_and_without() -> None:
+    hf = small_hf()
+    cache, ids = transformers.DynamicCache(config=hf.config), torch.randint(24, (2, 6))
+    want = hf(ids).logits
+    for i, mode in enumerate((torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode)):
+        with mode():
+            close(hf(ids[:, i : i + 1], past_key_values=cache).logits, want[:, i : i + 1])
+
+
 @pytest.mark.parametrize("case", ["gqa", "granite, tied", "mistral, window"])
 def test_outputs_and_gradients(case: str, tmp_path: Path) -> None:
     theirs, hf = twins(case, tmp_path)
@@ -166,9 +224,10 @@ def test_saved_and_loaded(tied: bool, tmp_path: Path) -> None:
     assert again.generation_config.max_new_tokens == 5
     assert torch.equal(again(ids).logits, want)
     assert (again.decoder.head.weight is again.decoder.embedding.weight) == tied
-    bare = transformers.AutoModel.from_pretrained(tmp_path)
+    bare = transformers.AutoModel.from_pretrained(tmp_path, output_hidden_states=True)
     assert type(bare) is FMSModel
     close(again.decoder.head(bare(ids).last_hidden_state), want)
+    assert len(bare(ids).hidden_states) == len(bare.decoder.layers) + 1
 
 
 @torch.no_grad()
@@ -231,6 +290,7 @@ def test_inputs_and_caches_that_do_not_fit() -> None:
 
     refused("49 positions are more than the 48", input_ids=torch.zeros(1, 49, dtype=torch.long))
     refused("neither of input_ids and inputs_embeds", input_ids=None)
+    refused("token id 30 lies beyond the vocabulary of 24", input_ids=torch.tensor([[30]]))
     refused("token id 30 lies beyond the vocabulary of 24", input_ids=torch.tensor([[3, 30]]))
     refused("output_attentions", input_ids=ids, output_attentions=True)
     refused("tuple, a transformers Cache", input_ids=ids, past_key_values=())
@@ -243,7 +303,8 @@ def test_inputs_and_caches_that_do_not_fit() -> None:
     deeper = to_hf_api(small_model(nlayers=3))
     refused("the cache has 3 layers, the model 2", input_ids=ids, past_key_values=deeper(ids).past_key_values)
     long = hf(torch.randint(24, (1, 46))).past_key_values
-    refused("49 positions are more than the 48", input_ids=ids[:1, :3], past_key_values=long)
+    for mask in (None, torch.ones(1, 49)):
+        refused("49 positions are more than the 48", input_ids=ids[:1, :3], past_key_values=long, attention_mask=mask)
     with pytest.raises(ValueError, match="no adapter for a Odd"):
         to_hf_api(type("Odd", (nn.Linear,), {"config": small_model().config})(2, 2))
 
@@ -300,8 +361,17 @@ def test_as_fms_model(chat: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_speed_and_text(smollm2: Path) -> None:
+def test_smollm2_says_what_it_says_in_transformers(smollm2: Path, tmp_path: Path) -> None:
+    convert(smollm2, tmp_path / "hf", "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", padding_side="left")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     hf = to_hf_api(freeze(get_model(model_path=smollm2)))
-    ids = torch.tensor([[504, 3575, 282, 4649, 314]])
-    tokens: Tensor = hf.generate(ids, max_new_tokens=8, do_sample=False)
-    assert tokens.shape == (1, 13)
+    inputs = tokenizer(["The capital of France is", "Once upon a time, in a village by the sea,"], padding=True)
+    inputs = inputs.convert_to_tensors("pt")
+    for options in ({}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.7}):
+        found = []
+        for model in (theirs, hf):
+            torch.manual_seed(1)
+            found.append(model.generate(**inputs, max_new_tokens=8, pad_token_id=2, **options))
+        assert torch.equal(*found), options
+    assert "Paris" in tokenizer.decode(found[0][0])

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from fms.models import freeze
+from fms.models import freeze, get_model
 
 transformers = pytest.importorskip("transformers")
 
 from fms.models.hf import FMSForCausalLM, to_hf_api  # noqa: E402
+from tests import encoders  # noqa: E402
 from tests.models.test_against_transformers import close, pair  # noqa: E402
 from tests.small import small_model  # noqa: E402
 
@@ -55,6 +56,30 @@ def test_trainer_takes_the_steps_that_it_takes_with_transformers_model(more: dic
     close(torch.tensor(got), torch.tensor(want))
     again = FMSForCausalLM.from_pretrained(tmp_path / "b" / "trained")
     close(again(ids).logits, ours(ids))
+
+
+@pytest.mark.parametrize("case", ["BertForMaskedLM", "RobertaForSequenceClassification", "BertForQuestionAnswering"])
+def test_trainer_of_encoders_and_a_dataset(case: str, tmp_path: Path) -> None:
+    """Of a dataset the Trainer keeps only the columns that `forward` names."""
+    datasets = pytest.importorskip("datasets")
+    inputs = ids + 8  # beyond the ids of special tokens
+    labels: dict[str, Any] = {"labels": inputs if "Masked" in case else torch.arange(8) % 2}
+    if "Answering" in case:
+        labels = {"start_positions": torch.arange(8), "end_positions": torch.arange(8) + 3}
+    data = datasets.Dataset.from_dict({name: x.tolist() for name, x in ({"input_ids": inputs} | labels).items()})
+    none = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    theirs = encoders.reference(case, tmp_path / "model", **none)
+    found = []
+    for model in (theirs, to_hf_api(get_model(model_path=tmp_path / "model"))):
+        transformers.set_seed(0)
+        trainer = transformers.Trainer(
+            model, arguments(tmp_path, max_steps=3, save_strategy="no"), train_dataset=data, eval_dataset=data
+        )
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        found.append([before, trainer.evaluate()["eval_loss"]])
+    assert found[1][1] < found[1][0] - 0.1
+    close(*map(torch.tensor, found))
 
 
 def test_trainer_with_recomputed_activations(tmp_path: Path) -> None:

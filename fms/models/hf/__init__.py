@@ -4,15 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-)
+import transformers
+from transformers import AutoConfig, GenerationConfig
 
 from fms.models import get_model
 from fms.models.decoder import Decoder
@@ -24,13 +17,6 @@ from fms.utils.serialization.errors import nearest
 __all__ = ["FMSConfig", "FMSForCausalLM", "FMSModel", "as_fms_model", "register_fms_models", "to_hf_api"]
 
 ENCODERS = (FMSForMaskedLM, FMSForSequenceClassification, FMSForQuestionAnswering)
-AUTO = {
-    AutoModel: FMSModel,
-    AutoModelForCausalLM: FMSForCausalLM,
-    AutoModelForMaskedLM: FMSForMaskedLM,
-    AutoModelForSequenceClassification: FMSForSequenceClassification,
-    AutoModelForQuestionAnswering: FMSForQuestionAnswering,
-}
 OVERRIDES = ("id2label", "label2id", "problem_type", "use_cache", "output_hidden_states", "name_or_path")
 OWN = "of the model itself: get_model takes it, or resize_token_embeddings"
 
@@ -38,7 +24,8 @@ OWN = "of the model itself: get_model takes it, or resize_token_embeddings"
 def register_fms_models() -> None:
     """Let `AutoConfig` and `AutoModel...` know these classes. Importing this package does it; again does no harm."""
     AutoConfig.register(FMSConfig.model_type, FMSConfig, exist_ok=True)
-    for auto, adapter in AUTO.items():
+    for adapter in (FMSModel, FMSForCausalLM, *ENCODERS):
+        auto = getattr(transformers, adapter.__name__.replace("FMS", "Auto" if adapter is FMSModel else "AutoModel"))
         auto.register(FMSConfig, adapter, exist_ok=True)
 
 
@@ -54,7 +41,6 @@ def to_hf_api(model: Any, **overrides: Any) -> FMSPreTrainedModel:
     if model.config.pad_id is not None:
         defaults.setdefault("pad_token_id", model.config.pad_id)
     known = GenerationConfig().to_dict()
-    own = model.config.as_dict()
     fields = {}
     for name, value in overrides.items():
         if name in OVERRIDES:
@@ -62,7 +48,8 @@ def to_hf_api(model: Any, **overrides: Any) -> FMSPreTrainedModel:
         elif name in known:
             defaults[name] = value
         else:
-            hint = f" is {OWN}" if name in own else f" is not known{nearest(name, [*OVERRIDES, *known])}"
+            own = name in model.config.as_dict()
+            hint = f" is {OWN}" if own else f" is not known{nearest(name, [*OVERRIDES, *known])}"
             raise ValueError(f"{name}={value!r}{hint}")
     adapter = adapter_for(model)
     hf = adapter(config_of(model, **fields, architectures=[adapter.__name__]), model)
@@ -80,10 +67,8 @@ def adapter_for(model: Any) -> type[FMSPreTrainedModel]:
     for adapter in ENCODERS:
         if isinstance(head, adapter.head_class):
             return adapter
-    raise ValueError(
-        f"there is no adapter for a {type(model).__name__} with {type(head).__name__}: it takes a Decoder, or an "
-        f"Encoder with one of {', '.join(a.head_class.__name__ for a in ENCODERS)} or none"
-    )
+    what = f"there is no adapter for a {type(model).__name__} with {type(head).__name__}: it takes a Decoder, or an"
+    raise ValueError(f"{what} Encoder with one of {', '.join(a.head_class.__name__ for a in ENCODERS)} or none")
 
 
 def as_fms_model(

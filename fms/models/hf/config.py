@@ -23,11 +23,11 @@ class FMSConfig(PretrainedConfig):
     """`architecture` as `list_models` names it, and in `fms` every field of that family's configuration."""
 
     model_type = "fms"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds a list)
 
     architecture: str | None = None
     fms: dict[str, Any] | None = None
-    window: int | None = None  # of attention, in tokens
+    sliding_window: int | None = None  # of attention, in tokens
     use_cache: bool = True
 
     vocab_size = theirs("src_vocab_size")
@@ -41,10 +41,6 @@ class FMSConfig(PretrainedConfig):
     tie_word_embeddings = theirs("tie_heads")
     pad_token_id = theirs("pad_id")
 
-    @property
-    def sliding_window(self) -> int | None:
-        return self.window
-
     def build(self) -> Any:
         """The model that this describes, on the current default device. Raises `ValueError` if it names none."""
         if self.architecture is None or self.fms is None:
@@ -54,10 +50,9 @@ class FMSConfig(PretrainedConfig):
 
 def config_of(model: Any, **fields: Any) -> FMSConfig:
     """The same of a model that is there already."""
-    window = getattr(model, "window", None)
-    dtype = model.embedding.weight.dtype
+    fields = {"sliding_window": getattr(model, "window", None), "dtype": model.embedding.weight.dtype} | fields
     labels = getattr(model.config, "labels", ())
     if classes := getattr(model.config, "num_classes", None):
         fields = {"id2label": dict(enumerate(labels or (f"LABEL_{i}" for i in range(classes))))} | fields
         fields = {"label2id": {name: i for i, name in fields["id2label"].items()}} | fields
-    return FMSConfig(architecture=model.architecture, fms=model.config.as_dict(), window=window, dtype=dtype, **fields)
+    return FMSConfig(architecture=model.architecture, fms=model.config.as_dict(), **fields)

@@ -1,9 +1,11 @@
 """Encoders with a head as `PreTrainedModel`s: masked language models, classifiers, question answering."""
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import MaskedLMOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
 from fms.models.hf.adapter import FMSPreTrainedModel
 from fms.modules.encoder_heads import ClassificationHead, MaskedLMHead, SpanHead
@@ -13,7 +15,9 @@ class FMSEncoderModel(FMSPreTrainedModel):
     """From transformers' arguments to the head's logits, and the loss of labels where there are any."""
 
     output: type
+    loss: Callable[..., Tensor]  # of logits, labels and what else was given
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -22,44 +26,30 @@ class FMSEncoderModel(FMSPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers' encoders. `attention_mask` (b, s): not 0 where there is a token."""
-        x = self.given(input_ids, inputs_embeds, kwargs)
+        x, all_states = self.given(input_ids, inputs_embeds, kwargs)
         arguments = {"mask": attention_mask, "position_ids": position_ids, "token_type_ids": token_type_ids}
         states = None
-        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+        if all_states:
             h, states = self.with_states(x, arguments, True)
             logits = self.body.head(h)
         else:
             logits = self.encoder(x, **arguments)
-        fields = self.fields(logits, labels, kwargs)
-        out = self.output(hidden_states=states, **fields)
-        return out if return_dict is not False else out.to_tuple()
+        return self.output(hidden_states=states, **self.fields(logits, labels, kwargs))
 
     def fields(self, logits: Any, labels: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Loss and logits, under the names of `output`."""
-        loss = None if labels is None else self.loss(logits, labels, kwargs)
-        return {"loss": loss, "logits": logits}
-
-    def loss(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        return {"loss": None if labels is None else self.loss(logits, labels, kwargs), "logits": logits}
 
 
 class FMSForMaskedLM(FMSEncoderModel):
     """`labels` (b, s) are -100 where nothing was masked."""
 
     head_class, output = MaskedLMHead, MaskedLMOutput
+    out = "head.out"
     _tied_weights_keys = {"encoder.head.out.weight": "encoder.embedding.weight"}  # noqa: RUF012
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.body.head.out
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        out = self.body.head.out
-        out.weight, out.bias, out.out_features = new_embeddings.weight, new_embeddings.bias, len(new_embeddings.weight)
 
     def loss(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
         wanted = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
@@ -80,11 +70,21 @@ class FMSForQuestionAnswering(FMSEncoderModel):
 
     head_class, output = SpanHead, QuestionAnsweringModelOutput
 
-    def forward(self, *args: Any, start_positions: Any = None, end_positions: Any = None, **kwargs: Any) -> Any:
-        return super().forward(*args, start_positions=start_positions, end_positions=end_positions, **kwargs)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        places = None if start_positions is None else (start_positions, end_positions)
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, places)
+        return super().forward(*given, **kwargs)
 
     def fields(self, logits: Any, labels: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        start, end = logits
-        places = kwargs["start_positions"], kwargs["end_positions"]
-        loss = None if None in places else self.loss_function(start, end, *places)
-        return {"loss": loss, "start_logits": start, "end_logits": end}
+        loss = None if labels is None else self.loss_function(*logits, *labels)
+        return {"loss": loss, "start_logits": logits[0], "end_logits": logits[1]}
