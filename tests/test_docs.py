@@ -140,12 +140,28 @@ def test_the_readme_example_runs_and_is_the_one_in_examples(tmp_path, monkeypatc
     from fms.models.convert import save_model
     from fms.utils.tokenizers import get_tokenizer
 
-    (code,) = blocks(README, "python")
+    code, _ = blocks(README, "python")
     assert code == (ROOT / "examples/generate.py").read_text()
     save_model(get_model("llama", "micro", nlayers=1), tmp_path / "tiny", tokenizer=get_tokenizer("char_tokenizer"))
     monkeypatch.setattr("sys.argv", ["generate.py", "tiny"])
     run(code, tmp_path, monkeypatch)
     assert capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_readme_example_of_hugging_face_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    import torch
+
+    from tests.tiny import write_tiny_chat
+
+    model = write_tiny_chat(tmp_path / "model", max_position_embeddings=512)
+    (model / "generation_config.json").write_text('{"max_new_tokens": 8}')
+    plain, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda m: compiled.append(m) or plain(m, backend="eager"))  # without C++
+    names = run(blocks(README, "python")[1], tmp_path, monkeypatch)
+    assert compiled == [names["llama"]]
+    assert "q: how are you? a: I am good. How about you?" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["adding_a_model.md", "models.md"])
