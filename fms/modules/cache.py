@@ -55,7 +55,30 @@ class StaticLayer:
         return self.k.narrow(2, 0, self.end), self.v.narrow(2, 0, self.end)
 
 
-class StaticCache:
+class RowLengths:
+    """How many tokens each row of a cache holds."""
+
+    def __init__(self, batch: int, max_len: int, device: torch.device):
+        self.batch, self.max_len, self.device = batch, max_len, device
+        self.length = 0  # of the longest row
+        self.lengths: Tensor | None = None  # (b, 1), where rows differ
+        self.take: Tensor | None = None  # (b, 1)
+        self.span: int | Tensor = max_len
+        self.rows = torch.arange(batch, device=device)[:, None]
+        self.steady = False  # passes are of one token at `lengths`, and whoever set this moves those on, on the device
+
+    def hold(self, lengths: Sequence[int]) -> None:
+        """Say that rows hold these numbers of tokens, whoever put them there."""
+        self.length, self.steady, self.take = max(lengths), False, None
+        equal = min(lengths) == self.length
+        self.lengths = None if equal else torch.tensor(lengths, device=self.device)[:, None]
+
+    def held(self) -> list[int]:
+        """How many tokens each row has."""
+        return [self.length] * self.batch if self.lengths is None else self.lengths.flatten().tolist()
+
+
+class StaticCache(RowLengths):
     """Buffers allocated once for `batch` rows of at most `max_len` tokens. A token's slot is its position.
 
     Rows may hold different numbers of tokens: shorter inputs are padded on the right and `take` says by how much. What
@@ -72,14 +95,8 @@ class StaticCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        self.batch, self.max_len, self.device = batch, max_len, torch.device(device)
+        super().__init__(batch, max_len, torch.device(device))
         self.layers = [StaticLayer((batch, kvheads, max_len, head_dim), dtype, self.device) for _ in range(nlayers)]
-        self.length = 0  # of the longest row
-        self.lengths: Tensor | None = None  # (b, 1), where rows differ
-        self.take: Tensor | None = None  # (b, 1)
-        self.span: int | Tensor = max_len
-        self.rows = torch.arange(batch, device=self.device)[:, None]
-        self.steady = False  # passes are of one token at `lengths`, and whoever set this moves those on, on the device
         keys = self.layers[0].k
         self.scratch = Scratch(keys) if serves_step(keys) else None
 
@@ -109,16 +126,6 @@ class StaticCache:
             self.lengths = positions[:, :1] + (n if self.take is None else self.take)
         self.length, self.take = end, None
         return positions, mask
-
-    def hold(self, lengths: Sequence[int]) -> None:
-        """Say that rows hold these numbers of tokens, whoever put them there."""
-        self.length, self.steady, self.take = max(lengths), False, None
-        equal = min(lengths) == self.length
-        self.lengths = None if equal else torch.tensor(lengths, device=self.device)[:, None]
-
-    def held(self) -> list[int]:
-        """How many tokens each row has."""
-        return [self.length] * self.batch if self.lengths is None else self.lengths.flatten().tolist()
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forget all but the first `lengths[row]` tokens of each row."""

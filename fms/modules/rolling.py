@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fms.modules.cache import visible
+from fms.kernels.attend import Scratch, Step, serves_step
+from fms.modules.cache import RowLengths, visible
 
 
 class RollingLayer:
@@ -16,21 +17,24 @@ class RollingLayer:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.slot, self.held = 0, 0
         self.slots: tuple[Tensor, Tensor] | None = None  # rows (b, 1) and the slots (b, n) that new tokens go to
+        self.single = False  # one token a row: what it replaces has left the window
+        self.step: Step | None = None  # where there is a kernel for that
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.slots is None:  # one token a row, all in the same slot: what it replaces has left the window
+        before = self.k.narrow(2, 0, self.held), self.v.narrow(2, 0, self.held)
+        if not self.single:
+            before = torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)
+        if self.slots is None:
             self.k.narrow(2, self.slot, 1).copy_(k)
             self.v.narrow(2, self.slot, 1).copy_(v)
-            return self.k.narrow(2, 0, self.held), self.v.narrow(2, 0, self.held)
-        keys = torch.cat((self.k.narrow(2, 0, self.held), k), 2)
-        values = torch.cat((self.v.narrow(2, 0, self.held), v), 2)
-        rows, slots = self.slots
-        self.k[rows, :, slots] = k.transpose(1, 2)
-        self.v[rows, :, slots] = v.transpose(1, 2)
-        return keys, values
+        else:
+            rows, slots = self.slots
+            self.k[rows, :, slots] = k.transpose(1, 2)
+            self.v[rows, :, slots] = v.transpose(1, 2)
+        return before
 
 
-class RollingCache:
+class RollingCache(RowLengths):
     """Keys and values of the last `window` tokens of each of `batch` rows, for sequences of up to `max_len`.
 
     As `StaticCache`, but what has left the window is gone: `rewind` past it raises `ValueError`.
@@ -47,24 +51,20 @@ class RollingCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        self.batch, self.max_len, self.window, self.device = batch, max_len, window, torch.device(device)
+        super().__init__(batch, max_len, torch.device(device))
+        self.window = window
         shape = (batch, kvheads, window + 1, head_dim)
         self.layers = [RollingLayer(shape, dtype, self.device) for _ in range(nlayers)]
-        self.length = 0  # of the longest row
-        self.lengths: Tensor | None = None  # (b, 1), where rows differ
-        self.take: Tensor | None = None  # (b, 1)
-        self.span: int | Tensor = max_len
+        keys = self.layers[0].k.narrow(2, 0, window)
+        self.scratch = Scratch(keys) if serves_step(keys) else None
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
-        first, window = self.length, self.window
+        first, window = self.max_len - n if self.steady else self.length, self.window
         if first + n > self.max_len:
             raise ValueError(f"{first} tokens in the cache and {n} new ones are more than its max_len={self.max_len}")
+        if n == 1:
+            return self._advance_by_one(first, min(first + 1, window))
         steps = torch.arange(n, device=self.device)
-        if self.lengths is None and self.take is None and n == 1:
-            for layer in self.layers:
-                layer.slot, layer.held, layer.slots = first % window, min(first + 1, window), None
-            self.length += 1
-            return (steps + first)[None], None
         start = torch.full((self.batch, 1), first, device=self.device) if self.lengths is None else self.lengths
         count = n if self.take is None else self.take
         positions = start + steps
@@ -74,17 +74,27 @@ class RollingCache:
         mask = visible(positions, torch.cat((keys, positions), 1), window)
         kept = (steps < count) & (steps >= count - window)  # neither padding nor overwritten by what follows
         targets = torch.where(kept, positions % window, window)
-        rows = torch.arange(self.batch, device=self.device)[:, None]
         for layer in self.layers:
-            layer.held, layer.slots = len(slots), (rows, targets)
+            layer.held, layer.slots, layer.single, layer.step = len(slots), (self.rows, targets), False, None
         if self.lengths is not None or self.take is not None:
             self.lengths = start + count
         self.length, self.take = first + n, None
         return positions, mask
 
-    def held(self) -> list[int]:
-        """How many tokens each row has had."""
-        return [self.length] * self.batch if self.lengths is None else self.lengths.flatten().tolist()
+    def _advance_by_one(self, first: int, held: int) -> tuple[Tensor, Tensor | None]:
+        even = self.lengths is None
+        positions = torch.full((1, 1), first, device=self.device) if self.lengths is None else self.lengths
+        step = None if self.scratch is None else Step(positions.flatten(), self.window, self.scratch, even)
+        slots = None if even else (self.rows, positions % self.window)
+        for layer in self.layers:
+            layer.slot, layer.held, layer.slots, layer.single, layer.step = first % self.window, held, slots, True, step
+        if not self.steady:
+            if self.lengths is not None or self.take is not None:
+                self.lengths = positions + (1 if self.take is None else self.take)
+            self.length, self.take = first + 1, None
+        if even or step is not None:
+            return positions, None
+        return positions, (torch.arange(held, device=self.device) <= positions)[:, None, None]
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forget all but the first `lengths[row]` tokens of each row, as long as none has left the window."""
@@ -98,6 +108,4 @@ class RollingCache:
             )
         if len(lengths) != self.batch or any(not 0 <= new <= old for new, old in zip(lengths, held, strict=True)):
             raise ValueError(f"cannot rewind rows of {held} tokens to {list(lengths)}")
-        self.length = max(lengths)
-        equal = min(lengths) == self.length
-        self.lengths = None if equal else torch.tensor(lengths, device=self.device)[:, None]
+        self.hold(lengths)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fms.kernels.next_token import choose_greedily, make_rows, move_on, stop
 from fms.kernels.sum_add import ROWS
 from fms.modules.cache import StaticCache
+from fms.modules.rolling import RollingCache
 from fms.utils.sampling import Sampling, choose, share_of
 
 
@@ -19,7 +20,13 @@ class CapturedStep:
     no more: what it is given from there on is not its own, and its length in the cache stays.
     """
 
-    def __init__(self, model: Any, cache: StaticCache, how: Sampling | None = None, eos: Collection[int] = ()):
+    def __init__(
+        self,
+        model: Any,
+        cache: StaticCache | RollingCache,
+        how: Sampling | None = None,
+        eos: Collection[int] = (),
+    ):
         if how is not None and how.repetition_penalty != 1:
             raise ValueError("a repetition penalty is not part of the captured step")
         self.model, self.cache, self.how = model, cache, how or Sampling()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fms.modules.cache import StaticCache
 from fms.modules.frozen import Frozen
+from fms.modules.rolling import RollingCache
 from fms.utils.capture import CapturedStep
 from fms.utils.prompts import check_ids, encode_prompt, rows_of
 from fms.utils.sampling import Sampling, choose, penalise, share_of
@@ -229,8 +230,8 @@ class Run:
         """Why the decode step can't be captured."""
         if self.device.type != "cuda":
             return f"on {self.device.type}: it takes a CUDA device"
-        if type(self.cache) is not StaticCache:
-            return f"with {type(self.cache).__name__ if self.cache else 'no cache'}: it takes a StaticCache"
+        if not isinstance(self.cache, StaticCache | RollingCache):
+            return f"with {type(self.cache).__name__ if self.cache else 'no cache'}: it takes one of a fixed size"
         if not all(isinstance(layer, Frozen) for layer in self.model.layers):
             return "of a model that is not frozen: call freeze(model)"
         if self.before or self.after:

@@ -42,7 +42,7 @@ def replayed(mesh: Any, case: str, how: dict[str, Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("case", ["llama", "gpt_bigcode"])
+@pytest.mark.parametrize("case", ["llama", "gpt_bigcode", "mistral"])
 def test_the_same_tokens_on_several_ranks(ranks: Ranks, case: str, how: str) -> None:
     want = generate(freeze(random_model(case)), some_ids(2, 5), max_new_tokens=7, eos_token_id=(), **HOW[how])
     for tokens in ranks.run(2, replayed, case, HOW[how]):

@@ -20,6 +20,7 @@ MODELS: dict[str, Any] = {
     "gpt_bigcode": lambda: bigcode(),
     "qwen3": lambda: small_model("qwen3", "0.6b"),
     "mixtral": lambda: small_model("mixtral", "8x7b", num_experts=4, top_k_experts=2),
+    "mistral, window": lambda: small_model("mistral", "7b", sliding_window=9),
     "dynamic": lambda: small_model(rope_scaling={"kind": "dynamic", "factor": 4.0, "original_max_len": 8}),
 }
 HOW: dict[str, Any] = {
