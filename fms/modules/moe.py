@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fms.kernels.experts import experts
 from fms.kernels.grouped_linear import grouped_linear
 from fms.modules.feedforward import ACTIVATIONS, GatedLinearUnit
 from fms.modules.tp import Plan, divided, pad, resharded, rounded
@@ -41,6 +42,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Rows x (t, emb_dim), each through its k `chosen` experts (t, k), summed with `weights` (t, k)."""
+        if self.fused is not None:
+            y = experts(x, self.fused, self.w2, weights, chosen, self.activation)
+            if y is not None:
+                return y
         k = chosen.shape[1]
         expert, order = chosen.flatten().sort()
         ends = torch.searchsorted(expert, torch.arange(len(self.w2), device=x.device), right=True, out_int32=True)
