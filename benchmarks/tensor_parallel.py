@@ -252,11 +252,13 @@ def decoded(bench: Bench, model: Any, ids: torch.Tensor) -> dict[str, Any]:
         figures["single_ms_by_nccl"] = tried(step)
         comm.symmetric = symmetric
     figures["end_to_end_ms"] = tried(lambda: whole(False))
+    forward = lambda: round(min(bench.timed(lambda: model(ids, last_n_tokens=1)) for _ in range(3)), 2)
+    figures["forward_ms"] = tried(forward)
+    comm.sequence_parallel = True
+    figures["forward_ms_tokens_shared_out"] = tried(forward)
+    comm.sequence_parallel = False
     if bench.device.type == "cuda":
         figures["captured_ms"] = tried(lambda: whole(True))
-    figures["forward_ms"] = tried(
-        lambda: round(min(bench.timed(lambda: model(ids, last_n_tokens=1)) for _ in range(3)), 2)
-    )
     return figures | {"a_step": sums} | bench.peak()  # calls and bytes
 
 
