@@ -57,7 +57,7 @@ class Communicator:
 
     def _choose(self, device_type: str) -> SymmetricMemory | None:
         """What sums go through besides the backend. All ranks come to the same."""
-        backend, asked = dist.get_backend(self.group), os.environ.get(SWITCH) or "auto"
+        backend, asked = self.backend, os.environ.get(SWITCH) or "auto"
         if asked not in ("auto", "symm_mem", backend):
             raise ValueError(f"{SWITCH}={asked} is none of auto, symm_mem, {backend}")
         symmetric, why = None, f"{SWITCH}={asked}"
@@ -120,7 +120,7 @@ class Communicator:
 
     @property
     def backend(self) -> str:
-        return dist.get_backend(self.group)
+        return self._backend.name()  # a group may have one for each kind of device
 
     def same(self, x: Tensor) -> Tensor:
         return _Same.apply(x, self) if _differentiable(x) else x
