@@ -182,8 +182,11 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    for _ in range(2):  # to all processes of a job, and once more by torchrun: one signal
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    assert process.poll() is None
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == 143
@@ -307,6 +310,15 @@ def test_held_out_data_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[0].startswith("step,tokens,loss,eval_loss,grad_norm,lr")
     assert len(lines) == 1 + 4 + 3
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer(settings(tmp_path, steps=3, tensorboard=True)).run()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(tmp_path))
 
 
 def test_profile(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -61,6 +62,31 @@ def test_compiled_blocks_and_fsdp(tmp_path: Path) -> None:
     two = run(*TORCHRUN, "--standalone", "--nproc_per_node=2", "-m", *plain, *more)
     assert two.returncode == 0, two.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_sigterm_to_a_job_saves_and_goes_on(tmp_path: Path) -> None:
+    """As Slurm sends it: to torchrun and to its processes, to which torchrun passes it on."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(LINES) * 40)
+    plain = ["-m", "fms", "train", "--model_path", write_tiny_chat(tmp_path / "model"), "--dataset_path", text]
+    plain += ["--seq_len", 16, "--device_type", "cpu", "--report_steps", 1, "--distributed", "ddp"]
+    plain += ["--output", tmp_path / "out", "--held_out", 0]
+    command = [*map(str, [*TORCHRUN, "--standalone", "--nproc_per_node=2", *plain])]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    assert job.stderr is not None
+    while not job.stderr.readline().startswith("step 3:"):
+        assert job.poll() is None
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    for pid in (job.pid, *map(int, children)):
+        os.kill(pid, signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+    last = losses(tmp_path / "out")
+    done = run(*command, "--steps", len(last) + 1)
+    assert done.returncode == 0, done.stderr
+    assert f"goes on from {tmp_path}/out/step_{len(last):08} at step {len(last)}" in done.stderr
+    assert losses(tmp_path / "out")[:-1] == last
 
 
 def test_two_machines_train_as_one(tmp_path: Path) -> None:
