@@ -65,6 +65,35 @@ def test_lora(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture) -> None
     assert "no linear layer is called 'q_proj'; there are query, key, value, dense, wg" in capsys.readouterr().err
 
 
+def test_an_encoder_by_masked_words(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
+    from tokenizers.models import WordLevel
+
+    from fms.models import get_model
+
+    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    made = Tokenizer(WordLevel(unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.train_from_iterator(LINES, trainers.WordLevelTrainer(special_tokens=list(names.values()), show_progress=False))
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **{f"{k}_token": v for k, v in names.items()})
+    fast.save_pretrained(tmp_path / "words")
+    shape = f"src_vocab_size={len(fast)},emb_dim=32,nheads=4,nlayers=2,hidden_dim=48,max_expected_seq_len=32"
+    more = ["--architecture", "bert", "--tokenizer", tmp_path / "words", "--model", shape, "--output", tmp_path / "out"]
+    more += ["--steps", 40, "--batch_size", 8, "--report_steps", 10, "--lr", 1e-2, "--export", "hf"]
+    assert main(["train", *words(text, *more, "--objective", "masked")]) == 0
+    told = [row["loss"] for row in read_rows(tmp_path / "out") if "loss" in row]
+    assert told[-1] < told[0]
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        ours = get_model(model_path=tmp_path / "out" / "export").eval()(ids)
+        theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out" / "export").eval()(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert main(["train", *words(text, *more, "--objective", "masked", "--mask_token", "[MUSK]")]) == 2
+    assert "the tokenizer has no token [MUSK]" in capsys.readouterr().err
+
+
 def test_epochs_in_place_of_steps(tmp_path: Path, text: Path) -> None:
     more = ["--model_path", write_tiny_chat(tmp_path / "model"), "--output", tmp_path / "out", "--report_steps", 100]
     assert main(["train", *words(text, *more, "--epochs", 0.5, "--batch_size", 8)]) == 0
@@ -96,6 +125,16 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, text: Path, capsys: pyt
     more = ["--architecture", "llama", "--tokenizer", "char_tokenizer", "--output", tmp_path / "out"]
     assert main(["train", *words(text, *more, "--distributed", "fsdp")]) == 2
     assert "start with torchrun" in capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_takes_less(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
+    huge = f"nlayers=1,emb_dim=32,nheads=4,kvheads=4,head_dim=8,hidden_dim={10**12}"
+    more = ["--architecture", "llama", "--variant", "micro", "--tokenizer", "char_tokenizer", "--model", huge]
+    assert main(["train", *words(text, *more, "--output", tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "out of memory: " in said
+    assert "a smaller --batch_size with --accumulate" in said
+    assert "Traceback" not in said
 
 
 def test_plot(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from fms.models import get_model
 from fms.training.config import TrainConfig
 from fms.training.cross_entropy import head_loss
 from fms.training.loop import Trainer
+from fms.training.lora import add_lora
 from fms.training.loss import IGNORED
 from fms.training.metrics import read_rows
 from fms.training.objective import LMLoss
@@ -68,6 +69,9 @@ WORK: dict[str, dict[str, Any]] = {
     "tp+fsdp, tokens too": {"distributed": "tp+fsdp", "sequence_parallel": True},
     "fsdp, recompute": {"distributed": "fsdp", "activation_checkpointing": "full"},
     "tp+fsdp, recompute some": {"distributed": "tp+fsdp", "activation_checkpointing": "selective"},
+    "none, lora": {"lora": 4},
+    "fsdp, lora": {"distributed": "fsdp", "lora": 4},
+    "hsdp, lora": {"distributed": "hsdp", "lora": 4},
 }
 
 
@@ -94,12 +98,12 @@ class Rows(Data):
 def trained(world: Any, work: str, output: str, steps: int, model: dict[str, Any]) -> dict[str, Tensor]:
     """The parameters after so many steps."""
     options = {"batch_size": 2} | WORK[work]
-    if work == "none":
+    if work.startswith("none"):
         options["batch_size"] = 8
     if work.startswith("tp"):
         options["batch_size"] = 8 if "fsdp" not in work else 4
     config: TrainConfig = settings(output, steps=steps, **options)
-    mesh = mesh_for(config, CPU) if work != "none" else None
+    mesh = mesh_for(config, CPU) if not work.startswith("none") else None
     place = data_place(mesh)
     strategy: Any = "none"
     if "tp" in config.distributed:
@@ -107,6 +111,8 @@ def trained(world: Any, work: str, output: str, steps: int, model: dict[str, Any
         strategy = TensorParallel(mesh["tp"], sequence_parallel=config.sequence_parallel, pad=False)
     torch.manual_seed(0)
     made = get_model("llama", "micro", distributed_strategy=strategy, **(DECODER | model)).double()
+    if config.lora:
+        add_lora(made, config.lora, config.lora_alpha, ["query", "w1"])
     recompute(made, config.activation_checkpointing)
     root = share_out(LMLoss(made), config, mesh)
     Trainer(root, Rows(*place, config.accumulate), config, CPU, mesh, place).run()
@@ -119,13 +125,21 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in read_rows(output)]
 
 
-@pytest.mark.parametrize("work", [work for work in WORK if work != "none"])
+MANY = [work for work in WORK if not work.startswith("none")]
+SLOW = pytest.mark.slow  # each rank imports peft
+
+
+@pytest.mark.parametrize("work", [pytest.param(work, marks=SLOW if "lora" in work else ()) for work in MANY])
 def test_equals_one_process_and_resumes_elsewhere(ranks: Ranks, work: str, tmp_path: Path) -> None:
     tied = {"tie_heads": work in ("fsdp", "tp+fsdp")}
-    want = trained(None, "none", str(tmp_path / "one"), 6, tied)
+    one, then = "none", "fsdp" if "tp" in work else "tp+fsdp"
+    if "lora" in work:
+        pytest.importorskip("peft")
+        one, then = "none, lora", "hsdp, lora" if work == "fsdp, lora" else "fsdp, lora"
+    want = trained(None, one, str(tmp_path / "one"), 6, tied)
     first = str(tmp_path / "many")
     ranks.run(4, trained, work, first, 3, tied)
-    for got in ranks.run(4, trained, "fsdp" if "tp" in work else "tp+fsdp", first, 6, tied):
+    for got in ranks.run(4, trained, then, first, 6, tied):
         for name, parameter in want.items():
             torch.testing.assert_close(got[name], parameter, rtol=1e-7, atol=1e-7, msg=name)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
