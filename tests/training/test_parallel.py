@@ -145,6 +145,15 @@ def test_equals_one_process_and_resumes_elsewhere(ranks: Ranks, work: str, tmp_p
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
 
 
+def test_one_process_goes_on_from_four(ranks: Ranks, tmp_path: Path) -> None:
+    want = trained(None, "none", str(tmp_path / "one"), 6, {})
+    ranks.run(4, trained, "tp+fsdp", str(tmp_path / "many"), 3, {})
+    got = trained(None, "none", str(tmp_path / "many"), 6, {})
+    for name, parameter in want.items():
+        torch.testing.assert_close(got[name], parameter, rtol=1e-7, atol=1e-7, msg=name)
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
+
+
 def low(world: Any, output: str) -> None:
     many = world is not None
     config = settings(
