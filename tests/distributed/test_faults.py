@@ -107,16 +107,21 @@ def test_seventy_billions_heads_on_eight_ranks(tmp_path: Path) -> None:
     assert out.count("agrees") == 8
 
 
-def test_two_machines_hold_a_model_each(tmp_path: Path) -> None:
+def test_two_machines_hold_a_model_each_and_train_together(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     text = COMPARE + (
         "launch('cpu')\n"
-        "from torch.distributed.device_mesh import init_device_mesh\n"
-        "mesh = init_device_mesh('cpu', (2, 2), mesh_dim_names=('dp', 'tp'))\n"
+        "from fms.distributed.mesh import data_place, make_mesh\n"
+        "from tests.distributed.test_fsdp import TIED, trained\n"
+        "mesh = make_mesh('cpu', tp=2)\n"
         "assert mesh.get_local_rank('tp') == int(os.environ['LOCAL_RANK'])\n"
+        "assert data_place(mesh) == (int(os.environ['GROUP_RANK']), 2)\n"
         "compare(mesh['tp'])\n"
+        "many, one = trained(mesh, TIED, 'tp x fsdp'), trained(None, TIED)\n"
+        "torch.testing.assert_close(many[0], one[0], rtol=1e-7, atol=0)\n"
+        "print(f'rank {rank} trains', flush=True)\n"
     )
     options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--nnodes=2", "--nproc-per-node=2"]
     options += ["--rdzv-id=two", "--local-addr=127.0.0.1"]
@@ -124,4 +129,4 @@ def test_two_machines_hold_a_model_each(tmp_path: Path) -> None:
     for agent in agents:
         out, said = agent.communicate(timeout=200)
         assert agent.returncode == 0, said
-        assert out.count("agrees") == 2
+        assert out.count("agrees") == out.count("trains") == 2
