@@ -375,3 +375,22 @@ def test_smollm2_says_what_it_says_in_transformers(smollm2: Path, tmp_path: Path
             found.append(model.generate(**inputs, max_new_tokens=8, pad_token_id=2, **options))
         assert torch.equal(*found), options
     assert "Paris" in tokenizer.decode(found[0][0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@torch.no_grad()
+def test_steps_on_a_gpu(compiled: bool) -> None:
+    """Logits in bf16 against those of fp32: with either cache no farther than without one."""
+    exact, hf = small_model().cuda().bfloat16().float(), to_hf_api(freeze(small_model().cuda().bfloat16()))
+    ids = torch.randint(24, (2, 15), device="cuda")
+    want = exact(ids)
+    noise = (hf(ids, use_cache=False).logits - want).norm() / want.norm()
+    if compiled:
+        hf.decoder = torch.compile(hf.decoder)
+    caches = transformers.DynamicCache(config=hf.config), transformers.StaticCache(config=hf.config, max_cache_len=20)
+    for cache in caches:
+        steps = [hf(x, past_key_values=cache).logits for x in ids.split([9, *[1] * 6], 1)]
+        assert (torch.cat(steps, 1) - want).norm() / want.norm() < 2 * noise + 1e-2
+    kept = hf.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    assert kept.shape == (2, 35)
