@@ -2,6 +2,9 @@
 
 import json
 import math
+import runpy
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from fms.utils.tokenizers import get_tokenizer
 from tests.small import small_model
 from tests.tiny import write_tiny_chat
 
+ROOT = Path(__file__).parents[1]
 TASK = """
 task: capitals
 dataset_path: json
@@ -134,6 +138,25 @@ def write_tasks(directory, kind):
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (directory / "capitals.yaml").write_text(TASK.format(data=data, kind=kind, more=KINDS[kind]))
     return directory
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_on_the_command_line(tmp_path, monkeypatch, capsys):
+    lm_tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    quick = partial(lm_tasks.TaskManager, include_defaults=False)  # looks at ten thousand files less
+    monkeypatch.setattr(lm_tasks, "TaskManager", quick)
+    model, tasks = write_tiny_chat(tmp_path / "model"), write_tasks(tmp_path / "tasks", "multiple_choice")
+    words = ["--model_path", str(model), "--tasks", "capitals", "--include_path", str(tasks), "--device_type", "cpu"]
+    words += ["--num_fewshot", "0", "--limit", "2", "--batch_size", "2"]
+    assert main(["eval", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["capitals"]
+    assert runpy.run_path(str(ROOT / "scripts/eval_harness.py"))["main"]([*words, "--model_source", "hf"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|capitals"))
+    assert f"|acc     |↑  |  {found['acc,none']:g}|" in row
+    assert main(["eval", *words, "--tasks", "capitols"]) == 2
+    assert "capitols" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
