@@ -251,6 +251,20 @@ def test_a_compiled_decoder() -> None:
     assert list(dict(hf.named_parameters())) == [n for n in names if n in dict(hf.named_parameters())]
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+def test_steps_with_a_static_cache_compile_as_one_graph(frozen: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    hf = to_hf_api(freeze(small_model()) if frozen else small_model(), eos_token_id=None)
+    options = {"attention_mask": LEFT, "max_new_tokens": 8, "cache_implementation": "static"}
+    want = hf.generate(some_ids(2, 12) % 24, **options)
+    how = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
+    how._compile_all_devices = True  # generate compiles by itself, but only on a GPU
+    counters.clear()
+    assert torch.equal(hf.generate(want[:, :12], compile_config=how, **options), want)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [19, 32])
 @torch.no_grad()
