@@ -163,7 +163,8 @@ class Communicator:
         if self.symmetric is not None and self.symmetric.takes(x):
             self._count("all_reduce by symm_mem", x)
             return self.symmetric.sum(x)
-        self._backend.allreduce([x], self._options).wait()
+        if (work := self._backend.allreduce([x], self._options)) is not None:  # NCCL waits by itself
+            work.wait()
         return x
 
     def gather(self, x: Tensor) -> Tensor:

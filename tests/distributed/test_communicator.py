@@ -135,3 +135,24 @@ def reason(mesh: Any, failing: int, wrong: int) -> tuple[bool, str]:
 )
 def test_what_one_rank_can_not_no_rank_does(ranks: Ranks, failing: int, wrong: int, why: str) -> None:
     assert ranks.run(2, reason, failing, wrong) == [(True, why)] * 2
+
+
+class WaitsByItself:
+    """A backend as NCCL's: a call that is not asynchronous returns nothing to wait for."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def allreduce(self, tensors: list[Tensor], options: Any) -> None:
+        assert not options.asyncOp
+        dist.all_reduce(tensors[0], group=self.group)
+
+
+def summed_by_such(mesh: Any) -> list[float]:
+    comm = Communicator(mesh.get_group())
+    comm._backend = WaitsByItself(comm.group)
+    return comm.sum(torch.full((3,), comm.rank + 1.0)).tolist()
+
+
+def test_a_backend_may_wait_by_itself(ranks: Ranks) -> None:
+    assert ranks.run(2, summed_by_such) == [[3.0] * 3] * 2
