@@ -46,7 +46,10 @@ def read_bandwidth(device: torch.device) -> float:
         data.sum()
         synchronise(device)
         best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
+    size = data.nbytes
+    del data
+    reset_peak(device)  # else what comes next takes a part of its room, and the rest stays reserved
+    return size / best
 
 
 def synchronise(device: torch.device) -> None:
