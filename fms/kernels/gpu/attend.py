@@ -39,12 +39,12 @@ def fold_one(q1, q2, k1, k2, vs, seen, best, total, acc):
 
 @triton.jit
 def fold_group(q1, q2, k1, k2, vs, seen, best, total, acc):
-    """The same for the heads of a group: q (channels, heads), acc (channels, heads)."""
-    s = tl.dot(k2, q2, tl.dot(k1, q1))  # slots, heads
-    s = tl.where(seen[:, None], s, float("-inf"))
-    new = tl.maximum(best, tl.max(s, 0))
-    p, keep = tl.exp2(s - new[None, :]), tl.exp2(best - new)
-    return new, total * keep + tl.sum(p, 0), tl.dot(vs.T, p.to(vs.dtype), acc * keep[None, :])
+    """The same for the heads of a group: q (heads, channels), acc (heads, channels)."""
+    s = tl.dot(q2, k2.T, tl.dot(q1, k1.T))  # heads, slots
+    s = tl.where(seen[None, :], s, float("-inf"))
+    new = tl.maximum(best, tl.max(s, 1))
+    p, keep = tl.exp2(s - new[:, None]), tl.exp2(best - new)
+    return new, total * keep + tl.sum(p, 1), tl.dot(p.to(vs.dtype), vs, acc * keep[:, None])
 
 
 @triton.jit
@@ -117,18 +117,18 @@ def attend(
                 best, total, acc = fold_one(q1, q2, k1, k2, vs, seen, best, total, acc)
         else:
             g = tl.arange(0, GP)
-            at, inside = e[:, None] + (head * G + g)[None, :] * D, (e[:, None] < HALF) & (g[None, :] < G)
+            at, inside = (head * G + g)[:, None] * D + e[None, :], (g[:, None] < G) & (e[None, :] < HALF)
             n1, n2 = vector(base, at, inside), vector(base + HALF, at, inside)
             if NORM:
-                factor = factor_of(n1, n2, eps, HALF, 0)[None, :]
-                n1 = n1 * factor * vector(q_norm, e, e < HALF)[:, None]
-                n2 = n2 * factor * vector(q_norm + HALF, e, e < HALF)[:, None]
+                factor = factor_of(n1, n2, eps, HALF, 1)[:, None]
+                n1 = n1 * factor * vector(q_norm, e, e < HALF)[None, :]
+                n2 = n2 * factor * vector(q_norm + HALF, e, e < HALF)[None, :]
             scale *= 1.4426950408889634
             # scaled before they are rounded: products of halves leave no other place
-            q1 = ((n1 * c[:, None] - n2 * s[:, None]) * scale).to(k1.dtype)
-            q2 = ((n2 * c[:, None] + n1 * s[:, None]) * scale).to(k1.dtype)
+            q1 = ((n1 * c[None, :] - n2 * s[None, :]) * scale).to(k1.dtype)
+            q2 = ((n2 * c[None, :] + n1 * s[None, :]) * scale).to(k1.dtype)
             best, total = tl.full((GP,), -1e30, tl.float32), tl.zeros((GP,), tl.float32)
-            acc = tl.zeros((DP, GP), tl.float32)
+            acc = tl.zeros((GP, DP), tl.float32)
             best, total, acc = fold_group(q1, q2, k1, k2, vs, seen, best, total, acc)
             for t in tl.range(start + BLOCK, end, BLOCK):
                 k1, k2, vs, seen = block(k, v, t + tl.arange(0, BLOCK), end, hole, e, d, HALF, D)
@@ -151,10 +151,10 @@ def attend(
                 keep, weight = tl.exp2(best - top), tl.exp2(score - top)
                 acc = acc * keep + weight * nv.to(tl.float32)
             else:
-                score = tl.sum(q1.to(tl.float32) * f1[:, None] + q2.to(tl.float32) * f2[:, None], 0)
+                score = tl.sum(q1.to(tl.float32) * f1[None, :] + q2.to(tl.float32) * f2[None, :], 1)
                 top = tl.maximum(best, score)
                 keep, weight = tl.exp2(best - top), tl.exp2(score - top)
-                acc = acc * keep[None, :] + weight[None, :] * nv.to(tl.float32)[:, None]
+                acc = acc * keep[:, None] + weight[:, None] * nv.to(tl.float32)[None, :]
             best, total = top, total * keep + weight
         mine = parts + (pair * SPLITS + split) * LEFT
         if G == 1:
@@ -162,7 +162,7 @@ def attend(
             tl.store(mine + D, best)
             tl.store(mine + D + 1, total)
         else:
-            tl.store(mine + g[None, :] * D + d[:, None], acc, mask=(g[None, :] < G) & (d[:, None] < D))
+            tl.store(mine + g[:, None] * D + d[None, :], acc, mask=(g[:, None] < G) & (d[None, :] < D))
             tl.store(mine + G * D + g, best, mask=g < G)
             tl.store(mine + G * D + G + g, total, mask=g < G)
         tl.debug_barrier()
