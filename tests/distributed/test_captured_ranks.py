@@ -68,34 +68,40 @@ from fms.models import freeze, get_model
 from fms.utils.generation import generate
 
 launch()
-fields = dict(src_vocab_size=1000, emb_dim=256, nheads=8, kvheads=4, head_dim=32, nlayers=3, max_expected_seq_len=128)
+sizes = dict(src_vocab_size=1000, emb_dim=256, nheads=8, kvheads=4, head_dim=32, nlayers=3, max_expected_seq_len=128)
 prompts = [torch.arange(20) * 7 % 1000, torch.arange(9), torch.arange(3)]
-for architecture in ("llama", "granite"):
-    for dtype in ("fp32", "bf16", "fp16"):
-        def made(strategy, **more):
-            torch.manual_seed(0)
-            variant = "micro" if architecture == "llama" else "8b"
-            model = get_model(architecture, variant, device_type="cuda", data_type=dtype, distributed_strategy=strategy,
-                              **fields, **more)
-            with torch.no_grad():
-                for p in model.parameters():
-                    if p.dim() > 1:
-                        p.mul_(8)
-            return freeze(model)
-        one, many = made("none"), made("tp")
-        for how in ({}, {"do_sample": True, "seed": 1}, {"top_k": 20, "top_p": 0.9, "seed": 3}):
-            plain = generate(many, prompts, max_new_tokens=40, capture=False, **how)
-            assert many.comm.counts["all_reduce by symm_mem"][0] or many.comm.symmetric is None
-            for _ in range(3):
-                captured = generate(many, prompts, max_new_tokens=40, capture=True, **how)
-                assert all(map(torch.equal, plain, captured)), (architecture, dtype, how)
-            if dtype == "fp32":
-                assert all(map(torch.equal, plain, generate(one, prompts, max_new_tokens=40, **how)))
-        if dtype == "bf16":
-            compiled = made("tp", compile="blocks")
-            a, b = (generate(compiled, prompts, max_new_tokens=40, capture=c) for c in (False, True))
-            assert all(map(torch.equal, a, b))
-    print(architecture, many.comm.symmetric, flush=True)
+ways = ({}, {"do_sample": True, "seed": 1}, {"top_k": 20, "top_p": 0.9, "seed": 3})
+
+
+def made(architecture, dtype, strategy, **more):
+    torch.manual_seed(0)
+    variant = "micro" if architecture == "llama" else "8b"
+    how = dict(device_type="cuda", data_type=dtype, distributed_strategy=strategy)
+    model = get_model(architecture, variant, **how, **sizes, **more)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(8)
+    return freeze(model)
+
+
+for architecture, dtype, hows in (
+    ("llama", "bf16", ways), ("llama", "fp32", ways), ("granite", "bf16", ways[:1]), ("llama", "fp16", ways[:1])
+):
+    many = made(architecture, dtype, "tp")
+    for how in hows:
+        plain = generate(many, prompts, max_new_tokens=30, capture=False, **how)
+        for _ in range(2):
+            captured = generate(many, prompts, max_new_tokens=30, capture=True, **how)
+            assert all(map(torch.equal, plain, captured)), (architecture, dtype, how)
+        if dtype == "fp32":
+            one = made(architecture, dtype, "none")
+            assert all(map(torch.equal, plain, generate(one, prompts, max_new_tokens=30, **how)))
+    assert many.comm.symmetric is None or many.comm.counts["all_reduce by symm_mem"][0]
+    print(architecture, dtype, many.comm.symmetric, flush=True)
+compiled = made("llama", "bf16", "tp", compile="blocks")
+a, b = (generate(compiled, prompts, max_new_tokens=20, capture=c) for c in (False, True))
+assert all(map(torch.equal, a, b))
 torch.distributed.destroy_process_group()
 print("all is well")
 """
