@@ -6,7 +6,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-
 SAME = 1.0  # seconds within which signals are one: what is sent to all processes comes again through torchrun
 
 
