@@ -125,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
 def write(machine: dict[str, Any], cells: list["Cell"], args: argparse.Namespace) -> None:
     from fms.utils import figures
 
-    report = {"command": sys.argv, "machine": machine, "cells": [asdict(cell) for cell in cells]}
+    program = Path(sys.argv[0]).name.replace("__main__.py", "fms")  # where it lies is no one's business
+    report = {"command": [program, *sys.argv[1:]], "machine": machine, "cells": [asdict(cell) for cell in cells]}
     texts = {args.json: json.dumps(report, indent=1) + "\n", args.csv: figures.csv_lines(cells)}
     for name, text in texts.items():
         if name not in (None, "-"):
