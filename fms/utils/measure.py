@@ -39,7 +39,7 @@ def read_bandwidth(device: torch.device) -> float:
     if device.type == "cuda":
         size = min(1 << 31, torch.cuda.mem_get_info(device)[0] // 4)
     data = torch.ones(size // 8, dtype=torch.int64, device=device)
-    best, sums = float("inf"), 8 if device.type == "cuda" else 1  # several, as launch and wait take a part of one's time
+    best, sums = float("inf"), 8 if device.type == "cuda" else 1  # launching takes a part of one
     for _ in range(8):
         synchronise(device)
         start = time.perf_counter()
