@@ -38,13 +38,12 @@ def fold_one(q1, q2, k1, k2, vs, seen, best, total, acc):
 
 
 @triton.jit
-def fold_group(q1, q2, k1, k2, vs, seen, best, total, acc):
-    """The same for the heads of a group: q (heads, channels), acc (heads, channels)."""
-    s = tl.dot(q2, k2.T, tl.dot(q1, k1.T))  # heads, slots
+def weights_of(q1, q2, k1, k2, seen, best):
+    """Of the heads of a group, q (heads, channels): the largest scores so far, and the weights of a block's slots."""
+    s = tl.dot(q2, k2.T, tl.dot(q1, k1.T))
     s = tl.where(seen[None, :], s, float("-inf"))
     new = tl.maximum(best, tl.max(s, 1))
-    p, keep = tl.exp2(s - new[:, None]), tl.exp2(best - new)
-    return new, total * keep + tl.sum(p, 1), tl.dot(p.to(vs.dtype), vs, acc * keep[:, None])
+    return new, tl.exp2(s - new[:, None])
 
 
 @triton.jit
@@ -127,12 +126,14 @@ def attend(
             # scaled before they are rounded: products of halves leave no other place
             q1 = ((n1 * c[None, :] - n2 * s[None, :]) * scale).to(k1.dtype)
             q2 = ((n2 * c[None, :] + n1 * s[None, :]) * scale).to(k1.dtype)
-            best, total = tl.full((GP,), -1e30, tl.float32), tl.zeros((GP,), tl.float32)
-            acc = tl.zeros((GP, DP), tl.float32)
-            best, total, acc = fold_group(q1, q2, k1, k2, vs, seen, best, total, acc)
+            best, p = weights_of(q1, q2, k1, k2, seen, tl.full((GP,), -1e30, tl.float32))
+            total, acc = tl.sum(p, 1), tl.dot(p.to(vs.dtype), vs)
             for t in tl.range(start + BLOCK, end, BLOCK):
                 k1, k2, vs, seen = block(k, v, t + tl.arange(0, BLOCK), end, hole, e, d, HALF, D)
-                best, total, acc = fold_group(q1, q2, k1, k2, vs, seen, best, total, acc)
+                new, p = weights_of(q1, q2, k1, k2, seen, best)
+                keep = tl.exp2(best - new)
+                best, total = new, total * keep + tl.sum(p, 1)
+                acc = tl.dot(p.to(vs.dtype), vs, acc * keep[:, None])
         if split == 0:
             new = base + (G * KV + head) * D
             r1, r2 = vector(new, e, e < HALF), vector(new + HALF, e, e < HALF)
