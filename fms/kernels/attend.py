@@ -234,11 +234,11 @@ def attend_step(
     )
 
     def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
-        padded = 1 if group == 1 else max(16, power(group))
-        return (b * kvheads, splits), {
+        tile = 1 if group == 1 else 16  # query heads a program
+        return (b * kvheads * -(-group // tile), splits), {
             "KV": kvheads,
             "G": group,
-            "GP": padded,
+            "GP": tile,
             "D": head_dim,
             "HP": max(16, power(head_dim // 2)),
             "DP": max(16, power(head_dim)),

@@ -1,8 +1,10 @@
 """Attention of one new token a row over a cache: rotary, cache write and split-KV attention in one kernel.
 
-A program takes one key head, the query heads that share it, and a part of the row's keys. The last part to arrive joins
-them all; it alone sees the counter full, and empties it. No program reads the slot that is being written: the new key
-and value come from registers. How many keys a row has is read on the device, so that a graph can be replayed.
+A program takes one key head, up to 16 of the query heads that share it, and a part of the row's keys. (More heads, or
+heads as columns, make products of a warp group: ptxas 12.8 gave one of these an address that was not its own.) The
+last to arrive joins all parts; it alone sees the counter full, and empties it. No program reads the slot that is being
+written: the new key and value come from registers. How many keys a row has is read on the device, so that a graph can
+be replayed.
 
 The first block of keys is fetched before the kernel ahead has ended. What wrote it ended long ago: every step begins
 with kernels that are not launched early, and these wait for all before them.
@@ -80,7 +82,8 @@ def attend(
     SLOTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, GB: tl.constexpr,
     ROPE: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    pair, split = tl.program_id(0), tl.program_id(1)
+    TILES: tl.constexpr = (G + GP - 1) // GP
+    pair, tile, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
     row, head = pair // KV, pair % KV
     HALF: tl.constexpr = D // 2
     WIDTH: tl.constexpr = (G + 2) * KV * D
@@ -115,7 +118,7 @@ def attend(
                 k1, k2, vs, seen = block(k, v, t + tl.arange(0, BLOCK), end, hole, e, d, HALF, D)
                 best, total, acc = fold_one(q1, q2, k1, k2, vs, seen, best, total, acc)
         else:
-            g = tl.arange(0, GP)
+            g = tile * GP + tl.arange(0, GP)
             at, inside = (head * G + g)[:, None] * D + e[None, :], (g[:, None] < G) & (e[None, :] < HALF)
             n1, n2 = vector(base, at, inside), vector(base + HALF, at, inside)
             if NORM:
@@ -142,9 +145,9 @@ def attend(
                 r1, r2 = r1 * level * vector(k_norm, e, e < HALF), r2 * level * vector(k_norm + HALF, e, e < HALF)
             m1, m2 = (r1 * c - r2 * s).to(k1.dtype), (r2 * c + r1 * s).to(k1.dtype)
             nv = tl.load(new + KV * D + d, mask=d < D, other=0.0)
-            tl.store(k + hole * D + e, m1, mask=e < HALF)
-            tl.store(k + hole * D + HALF + e, m2, mask=e < HALF)
-            tl.store(v + hole * D + d, nv, mask=d < D)
+            tl.store(k + hole * D + e, m1, mask=(e < HALF) & (tile == 0))
+            tl.store(k + hole * D + HALF + e, m2, mask=(e < HALF) & (tile == 0))
+            tl.store(v + hole * D + d, nv, mask=(d < D) & (tile == 0))
             f1, f2 = m1.to(tl.float32), m2.to(tl.float32)
             if G == 1:
                 score = tl.sum(q1 * f1 + q2 * f2, 0)
@@ -167,6 +170,6 @@ def attend(
             tl.store(mine + G * D + g, best, mask=g < G)
             tl.store(mine + G * D + G + g, total, mask=g < G)
         tl.debug_barrier()
-        if tl.atomic_add(counts + pair, 1, sem="acq_rel") == used - 1:
+        if tl.atomic_add(counts + pair, 1, sem="acq_rel") == used * TILES - 1:
             join(parts + pair * SPLITS * LEFT, out + pair * G * D, used, G, GB, D, DP, SPLITS)
             tl.store(counts + pair, 0)
