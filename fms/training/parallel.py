@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -60,11 +61,18 @@ def recompute(model: Any, mode: str) -> None:
     it again in the backward."""
     if mode == "none":
         return
-    context: dict[str, Any] = (
-        {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {}
-    )
+    forward = _forgetting if mode == "full" else _forgetting_some
     for block in model.layers:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **context)
+        block.forward = MethodType(forward, block)  # one function for all: compiled once for all
+
+
+def _forgetting(block: Any, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
+
+
+def _forgetting_some(block: Any, *args: Any, **kwargs: Any) -> Any:
+    keep = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, context_fn=keep, **kwargs)
 
 
 _aten = torch.ops.aten

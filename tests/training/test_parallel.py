@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from fms.distributed.mesh import data_place
 from fms.distributed.strategy import TensorParallel
@@ -21,6 +22,28 @@ from fms.training.parallel import mesh_for, recompute, share_out, whole
 from fms.training.sample import continuation
 from tests.distributed.ranks import Ranks
 from tests.training.runs import CPU, DECODER, Data, settings, small_model
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed_gradients_are_the_same(mode: str) -> None:
+    batch = next(Data().batches(2))
+    want, got = LMLoss(small_model()), LMLoss(small_model())
+    recompute(got.model, mode)
+    for root in (want, got):
+        root(batch).backward()
+    for (name, a), b in zip(want.named_parameters(), got.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks for it
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_blocks_that_are_recomputed_are_compiled(mode: str) -> None:
+    root, counter = LMLoss(small_model(nlayers=3)), CompileCounter()
+    recompute(root.model, mode)
+    for block in root.model.layers:
+        block.compile(backend=counter)
+    root(next(Data().batches(2))).backward()
+    assert counter.frame_count == 1  # one graph serves all
 
 
 def share_of_the_loss(mesh: Any, elements: int) -> tuple[Tensor, Tensor, Tensor, int]:
