@@ -105,11 +105,8 @@ class Communicator:
         return _Scatter.apply(x, self, True) if _differentiable(x) else self.share(x, True)
 
     def leave_add(self, x: Tensor, residual: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
-        if self.tokens is None and self.symmetric is not None and self.symmetric.adds(x):
-            if not torch.compiler.is_compiling():
-                self._count("all_reduce", x)
-                self._count("all_reduce by symm_mem", x)
-            return self.symmetric.add(x, residual, scale, bias)
+        if self.tokens is None and (symmetric := self._symmetric(x)) is not None:
+            return symmetric.sum(x.contiguous(), residual, scale, bias)
         x = self.leave(x)
         return torch.add(residual, x if bias is None else x + bias, alpha=scale)
 
@@ -155,17 +152,26 @@ class Communicator:
         if self.size == 1:
             return x
         x = x.contiguous()
+        if (symmetric := self._symmetric(x)) is not None:
+            return symmetric.sum(x)
         if torch.compiler.is_compiling():
-            if self.symmetric is not None and self.symmetric.adds(x):
-                return self.symmetric.add(x)
             return _ops.wait_tensor(_ops.all_reduce(x, "sum", self.name))
         self._count("all_reduce", x)
-        if self.symmetric is not None and self.symmetric.takes(x):
-            self._count("all_reduce by symm_mem", x)
-            return self.symmetric.sum(x)
         if (work := self._backend.allreduce([x], self._options)) is not None:  # NCCL waits by itself
             work.wait()
         return x
+
+    def _symmetric(self, x: Tensor) -> SymmetricMemory | None:
+        """Symmetric memory, if the sum of x goes through it, which is counted."""
+        if self.symmetric is None:
+            return None
+        if torch.compiler.is_compiling():
+            return self.symmetric if self.symmetric.adds(x) else None
+        if not self.symmetric.takes(x):
+            return None
+        self._count("all_reduce", x)
+        self._count("all_reduce by symm_mem", x)
+        return self.symmetric
 
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' x, of one shape, one after the other along the last dimension."""

@@ -31,28 +31,26 @@ class SymmetricMemory:
         self.peers = None if machine(device) is None else _peers(group, device)
 
     def adds(self, x: Tensor) -> bool:
-        """Whether `add` takes x."""
+        """Whether our own kernel takes x, which alone can be compiled."""
         return self.peers is not None and serves_sum(x)
-
-    def add(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
-        """`residual + scale * (sum of all ranks' x + bias)`, by our own kernel."""
-        if torch.compiler.is_compiling():
-            return sum_add_of(x, self.name, residual, scale, bias)
-        assert self.peers is not None
-        return sum_add(x, self.peers, residual, scale, bias)
 
     def takes(self, x: Tensor) -> bool:
         return self.adds(x) or (x.dtype in self.buffers and x.nbytes <= MOST and x.nbytes % ALIGNED == 0)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, which is contiguous and may be overwritten."""
+    def sum(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+        """`residual + scale * (sum of all ranks' x + bias)`, or the sum alone; x, contiguous, may be overwritten."""
         if self.adds(x):
-            return self.add(x)
+            if torch.compiler.is_compiling():
+                return sum_add_of(x, self.name, residual, scale, bias)
+            assert self.peers is not None
+            return sum_add(x, self.peers, residual, scale, bias)
         inside = self.buffers[x.dtype][: x.numel()].view(x.shape)
         inside.copy_(x)
-        if x.nbytes <= ONE_SHOT:
-            return _one_shot(inside, "sum", self.name)
-        return x.copy_(_two_shot(inside, "sum", self.name))
+        small = x.nbytes <= ONE_SHOT
+        total = (_one_shot if small else _two_shot)(inside, "sum", self.name)
+        if residual is None:
+            return total if small else x.copy_(total)  # the next sum goes where this one is
+        return torch.add(residual, total if bias is None else total + bias, alpha=scale)
 
     def check(self, rank: int, size: int) -> str:
         """What is wrong with sums of small whole numbers, if anything. All ranks do all of it."""
@@ -65,7 +63,7 @@ class SymmetricMemory:
         if self.peers is not None:
             for n in (8, BLOCK + 8, SLOT):
                 x = torch.full((n,), rank + 1, dtype=torch.bfloat16, device=self.peers.bases.device)
-                if not (self.add(x, x, 2.0) == rank + 1 + size * (size + 1)).all():
+                if not (self.sum(x, x, 2.0) == rank + 1 + size * (size + 1)).all():
                     wrong.append(f"symmetric memory: a wrong sum of {n} numbers by our kernel")
         return wrong[0] if wrong else ""
 

@@ -121,6 +121,23 @@ def test_symmetric_memory_takes_sums_by_type_and_size(ranks: Ranks) -> None:
             assert through == ([1, nbytes] if taken else [0, 0]), (dtype, n)
 
 
+def left_and_added(mesh: Any) -> list[Tensor]:
+    comm = Communicator(mesh.get_group())
+    comm.symmetric, _ = stood_in(mesh, -1, -1)
+    found = []
+    for n in (64, 1 << 18):  # by one shot, by two
+        x, residual = torch.full((1, 2, n), comm.rank + 1.0), torch.arange(2.0 * n).view(1, 2, n)
+        found += [comm.leave_add(x.clone(), residual, 0.5), comm.leave_add(x, residual, 2.0, torch.ones(n))]
+    assert comm.counts["all_reduce by symm_mem"][0] == comm.counts["all_reduce"][0] == 4
+    return found
+
+
+def test_a_sum_is_added_to_the_residual(ranks: Ranks) -> None:
+    for found in ranks.run(2, left_and_added):
+        for y, (scale, more) in zip(found, [(0.5, 3.0), (2.0, 4.0)] * 2, strict=True):
+            torch.testing.assert_close(y, torch.arange(y.numel(), dtype=y.dtype).view(y.shape) + scale * more)
+
+
 def reason(mesh: Any, failing: int, wrong: int) -> tuple[bool, str]:
     made, why = stood_in(mesh, failing, wrong)
     return made is None, why
