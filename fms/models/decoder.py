@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fms.models.compile import compile_model
 from fms.modules.cache import Cache, Recompute, StaticCache
 from fms.modules.head import Head
 from fms.modules.initial import reset_parameters
@@ -22,6 +23,7 @@ class Decoder(nn.Module):
 
     causal = True
     comm: Communicator | None = None  # of the ranks that share this model
+    compiled = "none"  # how, as `compile_model` knows it
 
     def __init__(
         self,
@@ -52,6 +54,11 @@ class Decoder(nn.Module):
         parameters."""
         if self.config.tie_heads:
             self.head.register_parameter("weight", self.embedding._parameters["weight"])
+
+    def compile_as(self, mode: str) -> None:
+        """`compile_model(self, mode)`, unless it is compiled so."""
+        if mode != self.compiled:
+            compile_model(self, mode)
 
     def tp_plan(self, tp: int) -> Plan:
         plan = {"embedding": "embed", "emb_dropout": "dropout", "dec_norm": "last_norm", "head": "head"}

@@ -61,6 +61,7 @@ def generate(
     prepare_model_inputs_hook: BeforeStep | None = None,
     post_iteration_hook: AfterStep | None = None,
     capture: bool | None = None,
+    compile: str | None = None,
     **sampling: Any,
 ) -> Any:
     """Continue `input_ids`, and return what went in with what came out, in the form that it went in.
@@ -79,6 +80,7 @@ def generate(
 
     On a GPU the decode step of a frozen model is captured as a CUDA graph where that can be done and is worth it;
     `capture=False` launches each kernel by itself, `capture=True` raises `ValueError` where it can't be done.
+    `compile` ("none", "blocks", "max") compiles the model first, as `get_model(compile=...)` does; it stays so.
 
     `timing="per-token"` or `"e2e"` makes it (result, list of seconds). Hooks run around each step:
     `prepare_model_inputs_hook(step, input_ids, kwargs)` returns both of the latter for the model,
@@ -104,6 +106,8 @@ def generate(
         capture=capture,
         **sampling,
     )
+    if compile is not None:
+        model.compile_as(compile)
     new: list[list[int]] = [[] for _ in prompts]
     for step in run:
         for row, token in zip(new, step, strict=True):

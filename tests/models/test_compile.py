@@ -150,6 +150,17 @@ def test_get_model_compiles_and_freeze_keeps_it(counter: Any) -> None:
     assert counter.frame_count == 2
 
 
+def test_generate_compiles(counter: Any) -> None:
+    model = freeze(small_granite())
+    want = generate(model, PROMPT, max_new_tokens=10)
+    for _ in range(2):
+        assert torch.equal(generate(model, PROMPT, max_new_tokens=10, compile="blocks"), want)
+        assert counter.frame_count == 2  # a prompt's and a step's
+    assert model.compiled == "blocks"
+    assert torch.equal(generate(model, PROMPT, max_new_tokens=10, compile="none"), want)
+    assert model.compiled == "none"
+
+
 def test_the_command_compiles(counter: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["generate", "The quick", "--model_path", str(write_tiny_chat(tmp_path / "chat")), "--max_new_tokens", "8"]
     said = []
@@ -175,7 +186,14 @@ def test_the_whole_forward_in_torchs_own_mode() -> None:
     assert model._compiled_call_impl is None
 
 
-@pytest.mark.parametrize("build", [lambda mode: compile_model(small_granite(), mode), lambda m: get_model(compile=m)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda mode: compile_model(small_granite(), mode),
+        lambda mode: get_model(compile=mode),
+        lambda mode: generate(small_granite(), PROMPT, compile=mode),
+    ],
+)
 def test_a_mode_that_is_not_known(build: Any) -> None:
     with pytest.raises(ValueError, match=r"compile='block' is not known \(did you mean 'blocks'\?\); there are none"):
         build("block")
