@@ -57,7 +57,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "torchtitan 8b fsdp": EIGHT_FSDP,
     "fms 8b tp": EIGHT_TP,  # with sequence parallelism, as torchtitan always has
     "torchtitan 8b tp": EIGHT_TP,
-    "fms 8b tp eager": EIGHT_TP | {"compile": "none"},  # torchtitan's compiled blocks do not run so with torch 2.13
+    "fms 8b tp eager": EIGHT_TP | {"compile": "none"},  # torchtitan does not run compiled so with torch 2.13
     "torchtitan 8b tp eager": EIGHT_TP | {"compile": "none"},
 }
 QUICK = "fms,torchtitan,flash,tuned,autocast"
