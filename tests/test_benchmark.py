@@ -304,6 +304,9 @@ def test_charts_of_memory(tmp_path):
 
     cells = [Cell("eager", *kind, 2, n, 3, ms=1.0, reserved=n) for n in (8, 16) for kind in KINDS]
     assert [file.name for file in plot(cells, tmp_path)] == ["cells.png", "latency.png", "memory.png"]
+    short = [replace(cell, ms=None, note="out of memory") for cell in cells]
+    assert len(plot([*cells[:4], *short[4:]], tmp_path)) == 3
+    assert plot(short, tmp_path) == []
 
 
 @pytest.mark.parametrize(

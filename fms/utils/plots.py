@@ -23,7 +23,10 @@ def pyplot() -> Any:
 
 
 def plot(cells: Sequence[Cell], directory: Path) -> list[Path]:
-    """Write PNG charts: bars of all cells, latency by prompt length and, where it is known, memory by prompt length."""
+    """Write PNG charts: bars of all cells, latency by prompt length and, where it is known, memory by prompt length;
+    none where no cell has a figure."""
+    if not _modes(cells):
+        return []
     directory.mkdir(parents=True, exist_ok=True)
     drawn = [_bars(cells)]
     drawn.append(_lines(cells, "ms", 1.0, "ms a token"))
@@ -41,7 +44,7 @@ def _bars(cells: Sequence[Cell]) -> Any:
     sizes = list(dict.fromkeys((c.batch_size, c.seq_len) for c in cells))
     modes = _modes(cells)
     figure, panels = pyplot().subplots(
-        len(sizes), 1, figsize=(9, 3.2 * len(sizes)), squeeze=False, layout="constrained"
+        len(sizes), 1, figsize=(11, 3.2 * len(sizes)), squeeze=False, layout="constrained"
     )
     for panel, size in zip(panels[:, 0], sizes, strict=True):
         found = {(c.mode, c.task, c.cached): c.ms for c in cells if (c.batch_size, c.seq_len) == size}
@@ -52,16 +55,19 @@ def _bars(cells: Sequence[Cell]) -> Any:
             drawn = panel.bar([at for at, _ in there], [ms for _, ms in there], width, label=mode, color=f"C{i}")
             panel.bar_label(drawn, fmt="%.3g", fontsize=7)
         panel.set_xticks(range(len(COLUMNS)), list(COLUMNS))
-        least = min((ms for ms in found.values() if ms is not None), default=1.0)
-        panel.set(yscale="log", ylim=(least / 2, None), ylabel="ms a token", title=f"batch {size[0]}, prompt {size[1]}")
-        panel.legend(fontsize=8)
+        known = [ms for ms in found.values() if ms is not None] or [1.0]
+        limits = min(known) / 2, max(known) * 1.5  # room for the number on the highest
+        panel.set(yscale="log", ylim=limits, ylabel="ms a token", title=f"batch {size[0]}, prompt {size[1]}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
+    _legend(figure)
     return figure
 
 
 def _lines(cells: Sequence[Cell], field: str, unit: float, label: str) -> Any:
     """For each column a panel, for each mode a colour, for each batch a kind of line."""
     modes, batches = _modes(cells), sorted({cell.batch_size for cell in cells})
-    figure, panels = pyplot().subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure, panels = pyplot().subplots(2, 2, figsize=(12, 7), layout="constrained")
     for panel, (name, kind) in zip(panels.flat, COLUMNS.items(), strict=True):
         lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
         for cell in cells:
@@ -71,9 +77,16 @@ def _lines(cells: Sequence[Cell], field: str, unit: float, label: str) -> Any:
             style = {"color": f"C{modes.index(mode)}", "linestyle": STYLES[batches.index(batch) % len(STYLES)]}
             panel.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{mode}, batch {batch}", **style)
         panel.set(title=name, xlabel="tokens of the prompt", ylabel=label, ylim=(0, None))
-        if lines:
-            panel.legend(fontsize=7)
+    _legend(figure)
     return figure
+
+
+def _legend(figure: Any) -> None:
+    """One for all panels, beside them."""
+    named = [dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True)) for panel in figure.axes]
+    known = {label: handle for labels in named for label, handle in labels.items()}
+    if known:
+        figure.legend(known.values(), known, loc="outside right upper", fontsize=8, handlelength=4)
 
 
 def _modes(cells: Sequence[Cell]) -> list[str]:
