@@ -2,8 +2,10 @@
 
     python benchmarks/cpu_generate.py [--gguf FILE] [--rounds 7] [--json FILE]
 
-Speed is measured with both models in one process, taking turns; memory and loading in a process each, one after the
-other. Figures are medians of the rounds. Run it on a machine that does nothing else.
+Ours is run by our `generate` and, as `adapter`, by transformers' `generate` through `to_hf_api`. Speed is measured with
+all in one process, taking turns; memory and loading in a process each, one after the other. Figures are medians of the
+rounds, and so are the ratios, each of one round. Run it on a machine that does nothing else; where that can't be, with
+OMP_WAIT_POLICY=PASSIVE, and look at the seconds of the CPU.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("transformers", "fms")
+LIBRARIES = ("transformers", "fms", "adapter")
+OURS = LIBRARIES[1:]
 PROMPT, NEW, LONG = 32, 64, 512  # tokens: before decoding, decoded, of the prefill
 CORES = len(os.sched_getaffinity(0))
 
@@ -29,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="SmolLM2's GGUF file (default: fetched once, as by dev.py demo)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--speed_only", action="store_true", help="leave out memory and loading")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--part", nargs=3, metavar=("WHAT", "LIBRARY", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -45,7 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         hf = convert(gguf, Path(scratch) / "hf", "hf")
         figures = {"machine": machine(), "rounds": args.rounds, "speed": in_process("speed", "both", hf, args.rounds)}
-        figures["loading"] = loading({"transformers": hf, "fms": hf, "fms from GGUF": gguf}, args.rounds)
+        if not args.speed_only:
+            figures["loading"] = loading({"transformers": hf, "fms": hf, "fms from GGUF": gguf}, args.rounds)
     text = json.dumps(figures, indent=2)
     if args.json:
         args.json.write_text(text + "\n")
@@ -70,6 +75,10 @@ def loader(library: str) -> Callable[[Path], Any]:
         from fms.utils.generation import generate  # noqa: F401  (as a user would have it)
 
         return lambda path: freeze(get_model(model_path=path, data_type="fp32"))
+    if library == "adapter":
+        from fms.models.hf import to_hf_api
+
+        return lambda path: to_hf_api(loader("fms")(path), eos_token_id=None)
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (the class is imported when named)
     from transformers.utils import logging
 
@@ -102,10 +111,11 @@ def prefill(library: str, model: Any, ids: Any) -> Any:
     return model(ids, use_cache=True, logits_to_keep=1).logits
 
 
-def seconds(what: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def seconds(what: Callable[[], Any]) -> tuple[float, float]:
+    """Of the clock, and of this process's threads."""
+    start = time.perf_counter(), time.process_time()
     what()
-    return time.perf_counter() - start
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def speed(path: Path, rounds: int) -> dict[str, Any]:
@@ -115,22 +125,26 @@ def speed(path: Path, rounds: int) -> dict[str, Any]:
 
     ids = torch.arange(1000, 1000 + LONG)[None]
     short = ids[:, :PROMPT]
-    tokens = [continued(library, model, short, NEW) for library, model in models.items()]  # also warms up
-    logits = [prefill(library, model, ids) for library, model in models.items()]
-    decode: dict[str, list[float]] = {library: [] for library in LIBRARIES}
-    first: dict[str, list[float]] = {library: [] for library in LIBRARIES}
+    tokens, *others = [continued(library, model, short, NEW) for library, model in models.items()]  # also warms up
+    logits = [prefill(library, model, ids)[:, -1] for library, model in models.items()]
+    decode, decode_cpu, first, first_cpu = ({library: [] for library in LIBRARIES} for _ in range(4))
     for i in range(rounds):
-        for library in LIBRARIES if i % 2 else reversed(LIBRARIES):
+        for library in LIBRARIES[i % 3 :] + LIBRARIES[: i % 3]:
             model = models[library]
             one = seconds(lambda: continued(library, model, short, 1))  # noqa: B023  (called at once)
             more = seconds(lambda: continued(library, model, short, 1 + NEW))  # noqa: B023
-            decode[library].append(NEW / (more - one))
-            first[library].append(seconds(lambda: prefill(library, model, ids)))  # noqa: B023
+            decode[library].append(NEW / (more[0] - one[0]))
+            decode_cpu[library].append((more[1] - one[1]) / NEW)
+            clock, cpu = seconds(lambda: prefill(library, model, ids))  # noqa: B023
+            first[library].append(clock)
+            first_cpu[library].append(cpu)
     return {
         "decode_tokens_per_s": decode,
+        "decode_cpu_s_a_token": decode_cpu,
         "prefill_s": first,
-        "same_tokens": torch.equal(*tokens),
-        "largest_logit_difference": float((logits[0] - logits[1]).abs().max()),
+        "prefill_cpu_s": first_cpu,
+        "same_tokens": all(torch.equal(tokens, other) for other in others),
+        "largest_logit_difference": max(float((logits[0] - other).abs().max()) for other in logits[1:]),
     }
 
 
@@ -190,19 +204,27 @@ def machine() -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     """Medians, in Markdown."""
-    decode, first = figures["speed"]["decode_tokens_per_s"], figures["speed"]["prefill_s"]
-    rows = [["", *LIBRARIES, "fms / transformers"], ["---", "---:", "---:", "---:"]]
-    for name, values in ((f"decode, tokens/s ({NEW} after {PROMPT})", decode), (f"prefill of {LONG}, s", first)):
-        theirs, ours = (statistics.median(values[library]) for library in LIBRARIES)
-        speedup = ours / theirs if values is decode else theirs / ours
-        rows.append([name, f"{theirs:.3g}", f"{ours:.3g}", f"{speedup:.2f}x"])
+    rows = [["", *LIBRARIES, "fms / transformers", "adapter / transformers"], ["---", *["---:"] * 5]]
+    for name, key in {
+        f"decode, tokens/s ({NEW} after {PROMPT})": "decode_tokens_per_s",
+        "the same, CPU s a token": "decode_cpu_s_a_token",
+        f"prefill of {LONG}, s": "prefill_s",
+        "the same, CPU s": "prefill_cpu_s",
+    }.items():
+        values, more_is_better = figures["speed"][key], key == "decode_tokens_per_s"
+        pairs = [zip(values[library], values["transformers"], strict=True) for library in OURS]
+        ratios = [[o / t if more_is_better else t / o for o, t in pair] for pair in pairs]
+        medians = [f"{statistics.median(of):.3g}" for of in values.values()]
+        rows.append([name, *medians, *(f"{statistics.median(of):.2f}x" for of in ratios)])
+    if "loading" not in figures:
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
     rows += [["", "load, s", "peak over imports, MB", "weights + cache, MB"], ["---", "---:", "---:", "---:"]]
     for name, runs in figures["loading"].items():
         of = {key: statistics.median(values) for key, values in runs.items()}
         held = of["weights"] + of["cache"]
         rows.append([name, f"{of['load_s']:.2f}", f"{of['peak'] / 1e6:.0f}", f"{held / 1e6:.0f}"])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines[:4], "", *lines[4:]])
+    return "\n".join([*lines[:6], "", *lines[6:]])
 
 
 if __name__ == "__main__":
