@@ -220,6 +220,7 @@ class Run:
         self.room = [min(wanted, limit - first) for first in self.first]  # new tokens a row
         self.max_new_tokens = max(self.room) if cache is None else min(max(self.room), cache.max_len - longest)
         self.span = torch.tensor([[f + n] for f, n in zip(self.first, self.room, strict=True)], device=self.device)
+        self.continued = cache is not None  # by whoever gave it
         if cache is None and use_cache:
             end = longest + self.max_new_tokens
             cache = model.make_cache(len(prompts), min(end, limit), slack=max(end - limit, 0))
@@ -236,6 +237,8 @@ class Run:
             return f"on {self.device.type}: it takes a CUDA device"
         if not isinstance(self.cache, StaticCache | RollingCache):
             return f"with {type(self.cache).__name__ if self.cache else 'no cache'}: it takes one of a fixed size"
+        if self.continued and isinstance(self.cache, RollingCache):
+            return "with a RollingCache that goes on: steps ahead of the text's end push out what it must keep"
         if not all(isinstance(layer, Frozen) for layer in self.model.layers):
             return "of a model that is not frozen: call freeze(model)"
         if self.before or self.after:

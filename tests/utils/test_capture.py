@@ -163,6 +163,17 @@ def test_a_graph_serves_again() -> None:
     assert graphs[0] is graphs[1]
 
 
+def test_a_ring_that_goes_on_is_not_run_ahead() -> None:
+    model = freeze(small_model("mistral", "7b", sliding_window=9))
+    obstacles = []
+    for cache in (None, model.make_cache(1, 40)):
+        run = Run(model, [torch.tensor([1, 2])], max_new_tokens=20, cache=cache)
+        run.device = torch.device("cuda")
+        obstacles.append(run._obstacle())
+    assert obstacles[0] == ""
+    assert obstacles[1].startswith("with a RollingCache that goes on")
+
+
 def test_where_it_cannot_be_done() -> None:
     model = small_model()
     with pytest.raises(ValueError, match="can't be captured on cpu: it takes a CUDA device"):
