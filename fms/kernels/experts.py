@@ -18,6 +18,8 @@ def experts(
     kind = activation_kind(activation)
     if kind is None or not (x.is_cuda and x.dtype in HALF and up.dtype == down.dtype == x.dtype):
         return None
+    if not (up.is_contiguous() and down.is_contiguous()):
+        return None
     if not 0 < chosen.numel() <= PAIRS or (torch.is_grad_enabled() and (x.requires_grad or up.requires_grad)):
         return None
     if torch.compiler.is_compiling():

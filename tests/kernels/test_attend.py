@@ -14,6 +14,7 @@ from fms.kernels import skinny
 from fms.kernels.attend import BLOCK, Scratch, Step, attend_packed, rotate
 from fms.kernels.skinny import Machine
 from fms.modules.positions import Rope
+from tests.kernels.poison import poison
 
 
 def far(got: Tensor, want: Tensor) -> float:
@@ -33,7 +34,7 @@ def check(
     dtype: torch.dtype = torch.bfloat16,
     device: Any = "cuda",
 ) -> None:
-    """Rows that hold `places` tokens get one more; slots that hold none are poisoned."""
+    """Rows that hold `places` tokens get one more; slots that hold none, room for parts and outputs are poisoned."""
     b, capacity = len(places), capacity or slots
     k, v = (torch.randn(b, kvheads, slots, d, device=device).to(dtype) for _ in "kv")
     for row, place in enumerate(places):
@@ -50,6 +51,8 @@ def check(
         for norm in norms:
             norm.weight.data.normal_(1, 0.3)
     step = Step(positions, capacity, Scratch(k), even=False)
+    step.scratch.room(group, d).fill_(float("nan"))
+    poison(b, 1, group * kvheads * d, dtype=dtype, device=device)
     layer: Any = SimpleNamespace(k=k, v=v, step=step)
     got = attend_packed(qkv, kvheads, d, angles, None, layer, 0.2, norms=norms)
     assert (step.scratch.counts == 0).all()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fms.kernels import experts, skinny
 from fms.kernels.skinny import Machine, activation_kind
+from tests.kernels.poison import poison
 
 SHAPES = [(1, 2, 4, 30, 70), (3, 2, 8, 64, 33), (5, 1, 3, 130, 50)]  # rows, experts a row, experts, width, hidden
 
@@ -66,9 +67,11 @@ def test_what_is_not_served() -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 2, 8, 4096, 1792), (8, 8, 32, 1536, 512)])
 def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensors = given(*shape, dtype, "cuda")
+    poison(*tensors[0].shape, dtype=dtype, device="cuda")
+    poison(tensors[4].numel(), tensors[2].shape[2], dtype=dtype, device="cuda")
     first = experts.experts(*tensors, F.silu)
     assert first is not None
     want = wanted(*tensors, F.silu)
     assert float((first - want).norm() / want.norm()) < 1e-2
-    for _ in range(300):
+    for _ in range(1000):
         assert torch.equal(first, experts.experts(*tensors, F.silu))

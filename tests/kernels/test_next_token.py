@@ -63,8 +63,12 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     for n in (24, 49155, 128_256):
         logits, rows = given(9, n, "cuda")
         check(logits.to(dtype), rows, launch=True)
+        want, fed = rows.tokens.clone(), rows.fed.clone()
+        logits = logits.to(dtype)
         for _ in range(1000):
-            choose_greedily(logits.to(dtype), rows)
+            choose_greedily(logits, rows)
+            assert torch.equal(rows.tokens, want)
+            assert torch.equal(rows.fed, fed)
         assert not rows.counts.any()
 
 

@@ -13,6 +13,7 @@ from fms.kernels import skinny
 from fms.kernels.attend import _rotate, attend_packed, rotate
 from fms.kernels.skinny import Machine
 from fms.modules.positions import Rope
+from tests.kernels.poison import poison
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ def check_glu(rows: int, n: int, **where: Any) -> None:
     h = torch.randn(2, rows, 2 * n, **where)
     gate, up = h.float().chunk(2, -1)
     for kind, function in enumerate(skinny.FUNCTIONS):
+        poison(2, rows, n, **where)
         assert far(glu._launch(h, kind), function(gate) * up) < 6e-3
 
 
@@ -78,6 +80,22 @@ def test_against_fp32(dtype: torch.dtype) -> None:
         check_rotate(3, 33, heads, kvheads, d, of_rows=True, normed=True, **where)
     for n in (5, 2048, 11008):
         check_glu(65, n, **where)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_thousand_runs_agree() -> None:
+    qkv, h = (torch.randn(2, 33, n, device="cuda", dtype=torch.bfloat16) for n in (48 * 128, 2 * 11008))
+    angles, norms = Rope(128)(torch.arange(33, device="cuda")[None], 33), norms_of(128, device="cuda")
+
+    def both() -> tuple[Tensor, Tensor]:
+        turned = qkv.clone()
+        _rotate(turned, 8, 128, angles, norms)
+        return turned, glu._launch(h, 1)
+
+    once = both()
+    for _ in range(1000):
+        assert all(map(torch.equal, both(), once))
 
 
 @pytest.mark.gpu
