@@ -4,7 +4,7 @@ import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from fms.modules.frozen import Frozen
 from fms.modules.rolling import RollingCache
 from fms.utils.capture import CapturedStep
 from fms.utils.prompts import check_ids, encode_prompt, rows_of
-from fms.utils.sampling import Sampling, choose, penalise, share_of
-from fms.utils.serialization.errors import nearest
+from fms.utils.sampling import choose, ends_of, penalise, sampling_of, share_of
 from fms.utils.tokenizers import BaseTokenizer
 
 PREFILL_CHUNK = 2048  # tokens a row that go through the model at once
@@ -185,8 +184,8 @@ class Run:
             raise ValueError("an encoder can't generate text: it says nothing of the next token")
         self.model, self.tokenizer, self.before, self.after = model, tokenizer, before, after
         self.defaults: dict[str, Any] = getattr(model, "generation_defaults", {})
-        self.how = _sampling(sampling, self.defaults)
-        self.eos = _eos(eos_token_id, self.defaults, tokenizer)
+        self.how = sampling_of(sampling, self.defaults, inspect.signature(generate).parameters)
+        self.eos = ends_of(eos_token_id, self.defaults, tokenizer)
         self.stop = [stop] if isinstance(stop, str) else list(stop)
         if self.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
@@ -397,26 +396,3 @@ class Run:
         anew = self.model.no_cache(self.span)
         h = self.model.hidden(input_ids, **({"cache": anew} | kwargs))
         return self._logits(h[torch.arange(len(h), device=h.device), self._last(i)]), kwargs
-
-
-def _sampling(given: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
-    known = [f.name for f in fields(Sampling)]
-    for name in given:
-        if name not in known:
-            choices = [*known, *inspect.signature(generate).parameters]
-            raise ValueError(f"generate() has no argument {name!r}{nearest(name, choices)}")
-    given = {name: value for name, value in given.items() if value is not None}
-    values = {name: defaults[name] for name in known if defaults.get(name) is not None} | given
-    if "do_sample" not in given and given.keys() - {"repetition_penalty"}:
-        values["do_sample"] = True
-    return Sampling(**values)
-
-
-def _eos(
-    given: int | Sequence[int] | None, defaults: dict[str, Any], tokenizer: BaseTokenizer | None
-) -> frozenset[int]:
-    if given is None:
-        given = defaults.get("eos_token_id")
-    if given is None:
-        given = tokenizer.eos_token_ids if tokenizer is not None else ()
-    return frozenset([given] if isinstance(given, int) else given)

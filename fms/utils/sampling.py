@@ -1,7 +1,8 @@
 """The next token of each row, on the logits' device. A row draws the same tokens alone, in a batch, or on shards."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fms.modules.tp import Communicator
+from fms.utils.serialization.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,29 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0
+
+
+def sampling_of(given: dict[str, Any], defaults: dict[str, Any], arguments: Iterable[str]) -> Sampling:
+    """What is given over what a model defaults to. Raises `ValueError` for a name that is neither of `Sampling` nor
+    among the other `arguments` of `generate`."""
+    known = [f.name for f in fields(Sampling)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"generate() has no argument {name!r}{nearest(name, [*known, *arguments])}")
+    given = {name: value for name, value in given.items() if value is not None}
+    values = {name: defaults[name] for name in known if defaults.get(name) is not None} | given
+    if "do_sample" not in given and given.keys() - {"repetition_penalty"}:
+        values["do_sample"] = True
+    return Sampling(**values)
+
+
+def ends_of(given: int | Sequence[int] | None, defaults: dict[str, Any], tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a row: those given, else a model's, else a tokenizer's."""
+    if given is None:
+        given = defaults.get("eos_token_id")
+    if given is None:
+        given = tokenizer.eos_token_ids if tokenizer is not None else ()
+    return frozenset([given] if isinstance(given, int) else given)
 
 
 class Share(NamedTuple):
