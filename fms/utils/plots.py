@@ -23,18 +23,20 @@ def pyplot() -> Any:
 
 
 def plot(cells: Sequence[Cell], directory: Path) -> list[Path]:
-    """Write PNG charts: bars of all cells, latency by prompt length and, where it is known, memory by prompt length;
-    none where no cell has a figure."""
+    """Write PNG charts: bars of all cells, latency by prompt length and, where they are known, memory by prompt length
+    and latency by what a token reads; none where no cell has a figure."""
     if not _modes(cells):
         return []
     directory.mkdir(parents=True, exist_ok=True)
-    drawn = [_bars(cells)]
-    drawn.append(_lines(cells, "ms", 1.0, "ms a token"))
+    drawn = {"cells": _bars(cells), "latency": _lines(cells, "ms", 1.0, "ms a token")}
     if any(cell.reserved for cell in cells):
-        drawn.append(_lines(cells, "reserved", 1e9, "GB reserved at the peak"))
-    files = [directory / name for name in ("cells.png", "latency.png", "memory.png")][: len(drawn)]
-    for figure, file in zip(drawn, files, strict=True):
-        figure.savefig(file, dpi=150)
+        drawn["memory"] = _lines(cells, "reserved", 1e9, "GB reserved at the peak")
+    if any(cell.bytes and cell.share for cell in cells):
+        drawn["bytes"] = _bytes(cells)
+    files = []
+    for name, figure in drawn.items():
+        files.append(directory / f"{name}.png")
+        figure.savefig(files[-1], dpi=150)
         pyplot().close(figure)
     return files
 
@@ -77,6 +79,23 @@ def _lines(cells: Sequence[Cell], field: str, unit: float, label: str) -> Any:
             style = {"color": f"C{modes.index(mode)}", "linestyle": STYLES[batches.index(batch) % len(STYLES)]}
             panel.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{mode}, batch {batch}", **style)
         panel.set(title=name, xlabel="tokens of the prompt", ylabel=label, ylim=(0, None))
+    _legend(figure)
+    return figure
+
+
+def _bytes(cells: Sequence[Cell]) -> Any:
+    """Latency of cached cells of all sizes by what a token reads, for each mode a colour, beside the limit."""
+    modes, figure = _modes(cells), pyplot().figure(figsize=(9, 5), layout="constrained")
+    panel = figure.subplots()
+    known = sorted((c.bytes / 1e9, c.ms * c.share, c.ms, c.task, c.mode) for c in cells if c.ms and c.bytes and c.share)
+    panel.plot([0, known[-1][0]], [0, known[-1][1]], color="0.6", label="the bandwidth limit")
+    for mode in modes:
+        for name, task, marker in (("single token", "single", "o"), ("end to end", "e2e", "^")):
+            points = [(read, ms) for read, _, ms, *kind in known if kind == [task, mode]]
+            if points:
+                style = {"marker": marker, "color": f"C{modes.index(mode)}"}
+                panel.scatter(*zip(*points, strict=True), label=f"{mode}, {name}", **style)
+    panel.set(xlabel="GB that a token reads", ylabel="ms a token", xlim=(0, None), ylim=(0, None), title="cached")
     _legend(figure)
     return figure
 
