@@ -150,8 +150,12 @@ def _weigh(
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
         return out.reshape(b, 1, heads * d)
+    group = heads // k.shape[1]
+    if group > 1 and mask is not None and q.is_cuda:  # no kernel of PyTorch's takes both: it would keep all scores
+        k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))
+        group = 1
     out = F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=causal and mask is None, scale=scale, enable_gqa=k.shape[1] != heads
+        q, k, v, mask, dropout, is_causal=causal and mask is None, scale=scale, enable_gqa=group > 1
     )
     return out.transpose(1, 2).flatten(2)
 

@@ -106,4 +106,20 @@ def test_attention_of_many_tokens(kvheads: int) -> None:
     qkv = torch.randn(2, 40, (8 + 2 * kvheads) * 64, device="cuda", dtype=torch.bfloat16)
     angles, norms = Rope(64)(torch.arange(40, device="cuda")[None], 40), norms_of(64, device="cuda")
     want = attend_packed(qkv.float(), kvheads, 64, angles, None, None, norms=norms)
-    assert far(attend_packed(qkv, kvheads, 64, angles, None, None, norms=norms), want) < 1e-2
+    assert far(attend_packed(qkv.clone(), kvheads, 64, angles, None, None, norms=norms), want) < 1e-2
+    mask = torch.ones(40, 40, dtype=torch.bool, device="cuda").tril()[None, None]
+    assert far(attend_packed(qkv.clone(), kvheads, 64, angles, mask, None, norms=norms), want) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kvheads", [1, 2])
+@torch.no_grad()
+def test_scores_of_a_group_under_a_mask_are_not_kept(kvheads: int) -> None:
+    qkv = torch.randn(1, 2048, (8 + 2 * kvheads) * 64, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(2048, 2048, dtype=torch.bool, device="cuda").tril()[None, None]
+    attend_packed(qkv, kvheads, 64, None, mask, None)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend_packed(qkv, kvheads, 64, None, mask, None)
+    scores = 8 * 2048 * 2048 * 2  # bytes
+    assert torch.cuda.max_memory_allocated() - before < scores
