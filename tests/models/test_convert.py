@@ -181,23 +181,17 @@ def test_real_gguf_to_hf_is_what_transformers_reads_from_the_gguf(smollm2, tmp_p
 
     model = freeze(get_model(model_path=out))
     tokenizer = get_tokenizer(out)
-    texts = [
-        "The capital of France is",
-        "def fibonacci(n):\n",
-        "Once upon a time",
-        "Water boils when",
-        "1, 2, 3, 5, 8,",
-    ]
+    texts = ["The capital of France is", "def fibonacci(n):\n", "1, 2, 3, 5, 8,"]
     prompts = [torch.tensor(tokenizer.encode(text)) for text in texts]
     with torch.no_grad():
         for prompt in prompts:
             expected = theirs(prompt[None]).logits
             torch.testing.assert_close(model(prompt[None]), expected, atol=1e-4, rtol=1e-5)
-    ours = generate(model, prompts, max_new_tokens=64, eos_token_id=(), do_sample=False)
+    ours = generate(model, prompts, max_new_tokens=24, eos_token_id=(), do_sample=False)
     theirs.generation_config.eos_token_id = None
     for prompt, row in zip(prompts, ours, strict=True):
         mask = torch.ones_like(prompt[None])
-        expected = theirs.generate(prompt[None], attention_mask=mask, max_new_tokens=64, do_sample=False)
+        expected = theirs.generate(prompt[None], attention_mask=mask, max_new_tokens=24, do_sample=False)
         assert row.tolist() == expected[0].tolist()
 
 
