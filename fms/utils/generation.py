@@ -242,6 +242,8 @@ class Run:
             return "of a model that is not frozen: call freeze(model)"
         if self.before or self.after:
             return "with hooks"
+        if (mode := getattr(self.model, "compiled", "none")) in ("reduce-overhead", "max-autotune"):
+            return f"of a model compiled with {mode!r}, which makes graphs of its own"
         if self.share is not None and self.share.comm.backend != "nccl":
             return f"of a model whose ranks sum by {self.share.comm.backend}: it takes nccl"
         return "with a repetition penalty" if self.how.repetition_penalty != 1 else ""

@@ -179,6 +179,11 @@ def test_where_it_cannot_be_done() -> None:
     with pytest.raises(ValueError, match="can't be captured on cpu: it takes a CUDA device"):
         generate(model, [[1, 2]], max_new_tokens=2, capture=True)
     assert not Run(model, [torch.tensor([1, 2])]).capture
+    frozen = freeze(small_model())
+    frozen.compiled = "reduce-overhead"
+    run = Run(frozen, [torch.tensor([1, 2])])
+    run.device = torch.device("cuda")
+    assert run._obstacle() == "of a model compiled with 'reduce-overhead', which makes graphs of its own"
     with pytest.raises(ValueError, match="a repetition penalty is not part of the captured step"):
         CapturedStep(model, model.make_cache(1, 8), Sampling(repetition_penalty=2.0))
 
