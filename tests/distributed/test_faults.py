@@ -73,7 +73,7 @@ def test_the_second_attempt_succeeds(tmp_path: Path) -> None:
     out, said = process.communicate(timeout=100)
     assert process.returncode == 0, said
     assert "once only" in said
-    assert sorted(out.split("\n"))[-2:] == ["attempt 1 rank 0 has 4", "attempt 1 rank 1 has 4"]
+    assert all(f"attempt 1 rank {rank} has 4" in out for rank in (0, 1)), out  # lines of two processes may run together
 
 
 THIN = "{'src_vocab_size': 103, 'emb_dim': 128, 'nheads': 64, 'kvheads': 8, 'head_dim': 4, 'hidden_dim': 96,"
