@@ -1,6 +1,5 @@
 """One new token over a cache: the kernel against fp32 attention, every ratio of heads, odd widths, rings."""
 
-import os
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.kernels import skinny
 from fms.kernels.attend import BLOCK, Scratch, Step, attend_packed, rotate
-from fms.kernels.skinny import Machine
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
 
@@ -81,11 +78,7 @@ def check(
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
 @pytest.mark.parametrize(("kvheads", "group", "d"), [(2, 1, 16), (1, 5, 24), (2, 4, 10)])
 @torch.no_grad()
-def test_interpreted(kvheads: int, group: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("TRITON_INTERPRET=1 is not set")
-    monkeypatch.setitem(skinny._machines, torch.device("cpu"), Machine(6, False))
+def test_interpreted(kvheads: int, group: int, d: int, interpreted: torch.device) -> None:
     for normed, rope in ((False, True), (True, True), (False, False)):
         check(kvheads, group, d, [0, 3, 150], 200, normed=normed, rope=rope, dtype=torch.float16, device="cpu")
     check(kvheads, group, d, [64, 64], 130, dtype=torch.float16, device="cpu")

@@ -1,6 +1,5 @@
 """Few rows through chosen experts: the kernels give what plain operations give."""
 
-import os
 from functools import partial
 from typing import Any
 
@@ -9,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fms.kernels import experts, skinny
-from fms.kernels.skinny import Machine, activation_kind
+from fms.kernels import experts
+from fms.kernels.skinny import activation_kind
 from tests.kernels.poison import poison
 
 SHAPES = [(1, 2, 4, 30, 70), (3, 2, 8, 64, 33), (5, 1, 3, 130, 50)]  # rows, experts a row, experts, width, hidden
@@ -49,11 +48,7 @@ def test_the_reference(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
 @pytest.mark.parametrize("shape", SHAPES)
-def test_interpreted(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("TRITON_INTERPRET=1 is not set")
-    monkeypatch.setitem(skinny._machines, torch.device("cpu"), Machine(4, False))
+def test_interpreted(shape: tuple[int, ...], interpreted: torch.device) -> None:
     check(shape, torch.float16, "cpu", 2e-3)
 
 

@@ -1,14 +1,11 @@
 """The end of a greedy decode step: the kernel gives what plain operations give, and both what a loop gives."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
-from fms.kernels import next_token, skinny
+from fms.kernels import next_token
 from fms.kernels.next_token import Rows, choose_greedily, make_rows, stop
-from fms.kernels.skinny import Machine
 
 
 def given(b: int, n: int, device: str = "cpu") -> tuple[Tensor, Rows]:
@@ -49,11 +46,7 @@ def test_plain(n: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
 @pytest.mark.parametrize("n", [30, 1500])
-def test_interpreted(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("TRITON_INTERPRET=1 is not set")
-    monkeypatch.setitem(skinny._machines, torch.device("cpu"), Machine(4, False))
+def test_interpreted(n: int, interpreted: torch.device) -> None:
     check(*given(9, n), launch=True)
 
 

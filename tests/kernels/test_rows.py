@@ -1,6 +1,5 @@
 """Passes over many rows: rotary in place, gates; the kernels against plain operations in fp32."""
 
-import os
 from typing import Any
 
 import pytest
@@ -11,18 +10,8 @@ from torch import Tensor, nn
 from fms.kernels import norm_glu as glu
 from fms.kernels import skinny
 from fms.kernels.attend import _rotate, attend_packed, rotate
-from fms.kernels.skinny import Machine
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU on which Triton's interpreter runs the kernels."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("TRITON_INTERPRET=1 is not set")
-    monkeypatch.setitem(skinny._machines, torch.device("cpu"), Machine(4, False))
 
 
 def far(got: Tensor, want: Tensor) -> float:
@@ -63,7 +52,7 @@ def check_glu(rows: int, n: int, **where: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
-def test_interpreted(interpreted: None) -> None:
+def test_interpreted(interpreted: torch.device) -> None:
     for of_rows, normed, rope in ((False, False, True), (True, True, True), (False, True, False)):
         check_rotate(2, 3, 4, 2, 16, of_rows=of_rows, normed=normed, rope=rope, dtype=torch.float16)
     check_rotate(1, 2, 17, 1, 10, of_rows=False, normed=False, dtype=torch.float16)

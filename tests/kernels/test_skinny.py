@@ -1,6 +1,5 @@
 """Linear layers of few rows: the kernels against fp32, every form, odd sizes, poisoned outputs, again and again."""
 
-import os
 from itertools import product
 from typing import Any
 
@@ -9,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.kernels import skinny
 from fms.kernels.skinny import (
     FUNCTIONS,
     Choice,
-    Machine,
     activation_kind,
     choose,
     launch,
@@ -30,17 +27,6 @@ WALK = Choice("walk", {"BK": 64, "BN": 4, "STAGES": 0}, 4)
 LOOP = Choice("walk", {"BK": 64, "BN": 4, "STAGES": 2}, 4)
 TILE = Choice("tile", {"BK": 64, "BN": 16, "STAGES": 3, "M": 16}, 2)
 KINDS = (None, nn.RMSNorm, nn.LayerNorm)
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A CPU on which Triton's interpreter runs the kernels."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("TRITON_INTERPRET=1 is not set")
-    device = torch.device("cpu")
-    monkeypatch.setitem(skinny._machines, device, Machine(4, False))
-    return device
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, device: Any = None) -> Tensor:

@@ -1,15 +1,13 @@
 """The kernels of the cross-entropy against plain operations in fp32, of sizes that no block divides."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fms.kernels import cross_entropy, skinny
+from fms.kernels import cross_entropy
 from fms.kernels.cross_entropy import slope_, tally
-from fms.kernels.skinny import Machine
 
 
 def case(n: int, size: int, dtype: torch.dtype, device: Any) -> tuple[Tensor, Tensor]:
@@ -54,11 +52,7 @@ def test_plain(n: int, size: int, dtype: torch.dtype, factor: float) -> None:
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "size"), SIZES)
-def test_kernels(n: int, size: int, dtype: torch.dtype, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("TRITON_INTERPRET=1 is not set")
-    monkeypatch.setitem(skinny._machines, torch.device("cpu"), Machine(4, False))
+def test_kernels(n: int, size: int, dtype: torch.dtype, factor: float, interpreted: torch.device) -> None:
     check(n, size, dtype, factor, "cpu")
 
 

@@ -8,21 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fms.kernels import next_token, skinny, sum_add
+from fms.kernels import next_token, sum_add
 from fms.kernels.next_token import make_rows
-from fms.kernels.skinny import Machine
 from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, TOKENS, Peers, make_peers, room
 
 # Ranks that wait for each other must not share a queue of the device's, of which there are eight where nothing is said.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("TRITON_INTERPRET=1 is not set")
-    monkeypatch.setitem(skinny._machines, torch.device("cpu"), Machine(4, False))
 
 
 def together(size: int, device: str) -> tuple[list[Tensor], list[Peers]]:
@@ -48,7 +39,7 @@ def flags(memory: Tensor, size: int) -> Tensor:
 @pytest.mark.parametrize(("size", "rank", "time"), [(2, 0, 0), (2, 1, 5), (4, 2, 1)])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_a_sum_with_others_that_were_there_before(
-    interpreted: None, size: int, rank: int, time: int, with_residual: bool
+    interpreted: torch.device, size: int, rank: int, time: int, with_residual: bool
 ) -> None:
     memory, peers = together(size, "cpu")
     parts = [torch.randn(3, 704).half() for _ in range(size)]
@@ -68,14 +59,14 @@ def test_a_sum_with_others_that_were_there_before(
             assert flags(memory[r], size)[:, rank].tolist() == [time + 1] * 3 + [0] * (BLOCKS + ROWS - 3)
 
 
-def test_a_rank_that_never_comes_ends_the_wait(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_never_comes_ends_the_wait(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sum_add, "WAIT", 3)
     _, peers = together(2, "cpu")
     assert sum_add.sum_add(torch.ones(8).half(), peers[0]).isnan().all()
 
 
 @pytest.mark.parametrize("theirs", [9.0, -9.0, float("nan"), 2.0])
-def test_a_choice_with_others_that_were_there_before(interpreted: None, theirs: float) -> None:
+def test_a_choice_with_others_that_were_there_before(interpreted: torch.device, theirs: float) -> None:
     """Ours are the ids from 30 on, theirs those before; of equals the first is chosen."""
     memory, peers = together(2, "cpu")
     logits = torch.full((1, 30), -5.0)
