@@ -26,9 +26,14 @@ class SymmetricMemory:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.name = group.group_name
-        memory = _shared(MOST, group, device)
+        memory, _ = _shared(MOST, group, device)
         self.buffers = {dtype: memory.view(dtype) for dtype in DTYPES}
-        self.peers = None if machine(device) is None else _peers(group, device)
+        self.peers: Peers | None = None
+        if machine(device) is not None:
+            # kept here, as kernels know addresses only
+            self.room, addresses = _shared(room(dist.get_world_size(group)), group, device)
+            self.peers = make_peers(addresses, dist.get_rank(group), device)
+            register_peers(self.name, self.peers)
 
     def adds(self, x: Tensor) -> bool:
         """Whether our own kernel takes x, which alone can be compiled."""
@@ -118,29 +123,16 @@ def _agreed(group: dist.ProcessGroup, why: str) -> str:
     return next(filter(None, reasons), "")
 
 
-def _shared(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+def _shared(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Memory of this rank, zero, and where each rank's begins; the ranks agree that all have come so far before its
+    use."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
-    symmetric_memory.rendezvous(memory, group)
-    return memory
-
-
-def _peers(group: dist.ProcessGroup, device: torch.device) -> Peers:
-    """Memory of our own kernels, zero when this returns; the ranks agree that all have come so far before its use."""
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    memory = symmetric_memory.empty(room(dist.get_world_size(group)), dtype=torch.uint8, device=device)
-    _kept.append(memory.zero_())
-    handle, rank = symmetric_memory.rendezvous(memory, group), dist.get_rank(group)
-    inside = memory.data_ptr() - handle.buffer_ptrs[rank]  # the same on all ranks
-    peers = make_peers([address + inside for address in handle.buffer_ptrs], rank, device)
-    register_peers(group.group_name, peers)
+    memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device).zero_()
+    handle = symmetric_memory.rendezvous(memory, group)
+    inside = memory.data_ptr() - handle.buffer_ptrs[dist.get_rank(group)]  # the same on all ranks
     torch.cuda.synchronize(device)
-    return peers
-
-
-_kept: list[Tensor] = []  # kernels know addresses only
+    return memory, [address + inside for address in handle.buffer_ptrs]
 
 
 def _one_shot(inside: Tensor, operation: str, name: str) -> Tensor:

@@ -73,10 +73,10 @@ def stood_in(mesh: Any, failing: int, wrong: int) -> Any:
     """Symmetric memory on a CPU: the kernels' places taken by the backend, of one rank broken."""
     group, rank = mesh.get_group(), mesh.get_local_rank()
 
-    def shared(nbytes: int, group: Any, device: torch.device) -> Tensor:
+    def shared(nbytes: int, group: Any, device: torch.device) -> tuple[Tensor, list[int]]:
         if rank == failing:
             raise RuntimeError("no peer access\nC++ trace")
-        return torch.zeros(nbytes, dtype=torch.uint8)
+        return torch.zeros(nbytes, dtype=torch.uint8), []
 
     def two_shot(inside: Tensor, operation: str, name: str) -> Tensor:
         dist.all_reduce(inside, group=group)
