@@ -90,6 +90,8 @@ def generate(
     if timing not in ("", "per-token", "e2e"):
         raise ValueError(f"timing={timing!r} must be 'per-token', 'e2e' or empty")
     prompts, back = rows_of(input_ids, tokenizer)
+    if compile is not None:
+        model.compile_as(compile)
     run = Run(
         model,
         prompts,
@@ -105,8 +107,6 @@ def generate(
         capture=capture,
         **sampling,
     )
-    if compile is not None:
-        model.compile_as(compile)
     new: list[list[int]] = [[] for _ in prompts]
     for step in run:
         for row, token in zip(new, step, strict=True):
