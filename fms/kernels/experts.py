@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fms.kernels.skinny import FUNCTIONS, HALF, Sizes, activation_kind, machine, power, start
 
-PAIRS = 64  # the most rows times experts a row: beyond, whole products of each expert's rows are as fast
+PAIRS = 64  # the most rows times experts a row: each pair reads an expert's weights, a product of many rows once
+PART = 4  # outputs a program
 
 
 def experts(
@@ -38,8 +39,8 @@ def launch(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, chosen: Tensor,
     h, y = x.new_empty(rows * top, hidden), torch.empty_like(x)
 
     def sizes(programs: int, n: int, k: int) -> Sizes:
-        named = {"TOP": top, "N": n, "K": k, "BN": 4, "BK": min(1024, power(k)), "STAGES": 3, "EARLY": known.early}
-        return (programs, -(-n // 4)), named | {"num_warps": 4}
+        named = {"TOP": top, "N": n, "K": k, "BN": PART, "BK": min(1024, power(k)), "STAGES": 3, "EARLY": known.early}
+        return (programs, -(-n // PART)), named | {"num_warps": 4}
 
     def first() -> Sizes:
         grid, named = sizes(rows * top, hidden, width)
