@@ -3,7 +3,7 @@
     pip install --no-deps --target PEER ibm-fms==1.13.1
     PYTHONPATH=PEER python benchmarks/ibm_fms.py [--variant 7b] [--seq_len 512] [--compile] [--json FILE]
 
-It has the same import name as ours, so it runs by itself, from another directory than this checkout's root.
+It has the same import name as ours, so it stands in a folder of its own and runs by itself.
 """
 
 import argparse
