@@ -76,7 +76,7 @@ def check(
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
-@pytest.mark.parametrize(("kvheads", "group", "d"), [(2, 1, 16), (1, 5, 24), (2, 4, 10)])
+@pytest.mark.parametrize(("kvheads", "group", "d"), [(2, 1, 16), (1, 5, 24), (2, 4, 10), (1, 18, 10)])
 @torch.no_grad()
 def test_interpreted(kvheads: int, group: int, d: int, interpreted: torch.device) -> None:
     for normed, rope in ((False, True), (True, True), (False, False)):

@@ -65,12 +65,13 @@ def test_a_rank_that_never_comes_ends_the_wait(interpreted: torch.device, monkey
     assert sum_add.sum_add(torch.ones(8).half(), peers[0]).isnan().all()
 
 
-@pytest.mark.parametrize("theirs", [9.0, -9.0, float("nan"), 2.0])
-def test_a_choice_with_others_that_were_there_before(interpreted: torch.device, theirs: float) -> None:
+@pytest.mark.parametrize("ours", [2.0, -2.0])
+@pytest.mark.parametrize("theirs", [9.0, -9.0, -1.0, float("nan"), 2.0, -2.0])
+def test_a_choice_with_others_that_were_there_before(interpreted: torch.device, ours: float, theirs: float) -> None:
     """Ours are the ids from 30 on, theirs those before; of equals the first is chosen."""
     memory, peers = together(2, "cpu")
     logits = torch.full((1, 30), -5.0)
-    logits[0, 7] = 2.0
+    logits[0, 7] = ours
     rows = make_rows(1, [3], torch.device("cpu"))
     rows.ends.fill_(9)
     rows.going.fill_(1)
@@ -82,7 +83,7 @@ def test_a_choice_with_others_that_were_there_before(interpreted: torch.device, 
     if theirs != theirs:
         assert rows.tokens.tolist() == [-1]
     else:
-        assert rows.tokens.tolist() == [37 if theirs < 2 else 11]
+        assert rows.tokens.tolist() == [37 if theirs < ours else 11]
         assert rows.fed.tolist() == [rows.tokens.tolist()]
     assert flags(memory[0], 2)[BLOCKS, 1] == 1
 
