@@ -183,6 +183,7 @@ def test_the_loop_as_one_operation_keeps_the_rules_of_operations() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # autograd's thread is the first to use it
 @pytest.mark.parametrize("few", [True, False], ids=["few rows", "many"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype: torch.dtype, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
