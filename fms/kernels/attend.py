@@ -25,21 +25,15 @@ class LayerCache(Protocol):
 class Scratch:
     """What the parts of a row's keys leave for the last of them to join; the layers of a cache share it."""
 
-    def __init__(self, keys: Tensor):
+    def __init__(self, keys: Tensor, group: int):
+        """Of keys (b, kvheads, slots, head_dim), each read by `group` query heads."""
         known = machine(keys.device)
         assert known is not None
-        self.pairs = keys.shape[0] * keys.shape[1]
-        wanted = min(8 * known.multiprocessors // self.pairs, -(-keys.shape[2] // BLOCK), PARTS)
+        pairs = keys.shape[0] * keys.shape[1]
+        wanted = min(8 * known.multiprocessors // pairs, -(-keys.shape[2] // BLOCK), PARTS)
         self.splits = power(max(wanted, 1))
-        self.counts = torch.zeros(self.pairs, dtype=torch.int32, device=keys.device)
-        self.parts: Tensor = keys.new_empty(0, dtype=torch.float32)
-
-    def room(self, group: int, head_dim: int) -> Tensor:
-        """For the parts of `group` query heads a key head."""
-        size = self.pairs * self.splits * group * (head_dim + 2)
-        if self.parts.numel() < size:
-            self.parts = self.parts.new_empty(size)
-        return self.parts
+        self.counts = torch.zeros(pairs, dtype=torch.int32, device=keys.device)
+        self.parts = keys.new_empty(pairs * self.splits * group * (keys.shape[3] + 2), dtype=torch.float32)
 
 
 @dataclass
@@ -186,10 +180,9 @@ def _rotate(qkv: Tensor, kvheads: int, head_dim: int, angles: Angles | None, nor
 
 def _step(qkv: Tensor, angles: Angles | None, layer: Any, step: Step, scale: float, norms: Any) -> Tensor:
     k, v = layer.k, layer.v
-    parts = step.scratch.room(qkv.shape[-1] // k.shape[3] // k.shape[1] - 2, k.shape[3])
     cos, sin = (None, None) if angles is None else angles
     q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (norms[0].weight, norms[1].weight, epsilon(norms[0]))
-    given = (qkv, k, v, step.positions, step.scratch.counts, parts, cos, sin, q_norm, k_norm)
+    given = (qkv, k, v, step.positions, step.scratch.counts, step.scratch.parts, cos, sin, q_norm, k_norm)
     run = attend_one if torch.compiler.is_compiling() else attend_step
     return run(*given, scale, eps, step.capacity, step.scratch.splits)
 

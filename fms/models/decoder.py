@@ -73,7 +73,8 @@ class Decoder(nn.Module):
         weight, c = self.embedding.weight, self.config
         attn: Any = self.layers[0].attn
         kvheads = len(attn.key.weight) // c.head_dim  # of this rank
-        shape = (c.nlayers, kvheads, c.head_dim, weight.dtype, weight.device)
+        group = len(attn.query.weight) // len(attn.key.weight)
+        shape = (c.nlayers, kvheads, c.head_dim, weight.dtype, weight.device, group)
         if self.window is not None and self.window < max_len:
             return RollingCache(batch, max_len + slack, self.window, *shape)
         return StaticCache(batch, max_len + slack, *shape)

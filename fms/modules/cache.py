@@ -94,11 +94,12 @@ class StaticCache(RowLengths):
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        group: int = 1,
     ):
         super().__init__(batch, max_len, torch.device(device))
         self.layers = [StaticLayer((batch, kvheads, max_len, head_dim), dtype, self.device) for _ in range(nlayers)]
         keys = self.layers[0].k
-        self.scratch = Scratch(keys) if serves_step(keys) else None
+        self.scratch = Scratch(keys, group) if serves_step(keys) else None
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
         first, end = (0, self.max_len) if self.steady else (self.length, self.length + n)

@@ -47,8 +47,8 @@ def check(
         norms = tuple(nn.RMSNorm(d, eps=1e-6, device=device, dtype=dtype) for _ in "qk")
         for norm in norms:
             norm.weight.data.normal_(1, 0.3)
-    step = Step(positions, capacity, Scratch(k), even=False)
-    step.scratch.room(group, d).fill_(float("nan"))
+    step = Step(positions, capacity, Scratch(k, group), even=False)
+    step.scratch.parts.fill_(float("nan"))
     poison(b, 1, group * kvheads * d, dtype=dtype, device=device)
     layer: Any = SimpleNamespace(k=k, v=v, step=step)
     got = attend_packed(qkv, kvheads, d, angles, None, layer, 0.2, norms=norms)
@@ -105,7 +105,7 @@ def test_against_fp32(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_a_thousand_runs_agree(kvheads: int, group: int) -> None:
     k, v = (torch.randn(2, kvheads, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv")
-    step = Step(torch.tensor([2000, BLOCK + 1], device="cuda"), 2048, Scratch(k), even=False)
+    step = Step(torch.tensor([2000, BLOCK + 1], device="cuda"), 2048, Scratch(k, group), even=False)
     qkv = torch.randn(2, 1, (group + 2) * kvheads * 128, device="cuda", dtype=torch.bfloat16)
     layer: Any = SimpleNamespace(k=k, v=v, step=step)
     once = attend_packed(qkv, kvheads, 128, None, None, layer)
