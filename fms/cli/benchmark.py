@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,22 +117,35 @@ def run(args: argparse.Namespace) -> int:
         from fms.utils.plots import pyplot
 
         pyplot()  # if it is not there, that is said before anything is measured
-    machine, cells = measure(args, Progress(first))
+    keep = lambda machine, cells: save(machine, cells, args) if first else None
+    machine, cells = measure(args, Progress(first), keep)
     if first:
-        write(machine, cells, args)
+        show(machine, cells, args)
     return 1 if any(cell.wrong for cell in cells) else 0
 
 
-def write(machine: dict[str, Any], cells: list["Cell"], args: argparse.Namespace) -> None:
+def texts(machine: dict[str, Any], cells: list["Cell"], args: argparse.Namespace) -> dict[str | None, str]:
+    """What goes into the files asked for, by their names."""
     from fms.utils import figures
 
     program = Path(sys.argv[0]).name.replace("__main__.py", "fms")  # where it lies is no one's business
     report = {"command": [program, *sys.argv[1:]], "machine": machine, "cells": [asdict(cell) for cell in cells]}
-    texts = {args.json: json.dumps(report, indent=1) + "\n", args.csv: figures.csv_lines(cells)}
-    for name, text in texts.items():
+    return {args.json: json.dumps(report, indent=1) + "\n", args.csv: figures.csv_lines(cells)}
+
+
+def save(machine: dict[str, Any], cells: list["Cell"], args: argparse.Namespace) -> None:
+    """Write what there is so far: a run that is ended keeps its cells."""
+    for name, text in texts(machine, cells, args).items():
         if name not in (None, "-"):
-            Path(name).write_text(text)
-    print(texts.get("-") or figures.tables(machine, cells), end="")
+            part = Path(f"{name}.part")
+            part.write_text(text)
+            part.replace(name)
+
+
+def show(machine: dict[str, Any], cells: list["Cell"], args: argparse.Namespace) -> None:
+    from fms.utils import figures
+
+    print(texts(machine, cells, args).get("-") or figures.tables(machine, cells), end="")
     if args.plot:
         from fms.utils.plots import plot
 
@@ -160,8 +174,10 @@ class Progress:
         )
 
 
-def measure(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], list["Cell"]]:
-    """What was measured on, and the cells, in the order in which they were measured."""
+def measure(
+    args: argparse.Namespace, progress: Progress, keep: Callable[[dict[str, Any], list["Cell"]], None]
+) -> tuple[dict[str, Any], list["Cell"]]:
+    """What was measured on, and the cells, in the order in which they were measured; `keep` gets those so far."""
     import torch
 
     from fms.models.compile import compile_model
@@ -206,6 +222,7 @@ def measure(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any
                 if mode.compiled == compiled:
                     cells.append(bench.cell(mode, task, cached, profile))
                     progress.cell(cells[-1])
+                    keep(machine, cells)
     return machine, cells
 
 

@@ -131,7 +131,9 @@ class Bench:
         except RuntimeError as error:
             if not (mode.compiled and _is_of_the_compiler(error)):
                 raise
-            return replace(empty, note=f"{FAILED}: {type(error).__name__}")
+            cause = getattr(error, "inner_exception", error)
+            reason = next(iter(str(cause).splitlines()), "")
+            return replace(empty, note=f"{FAILED}: {type(cause).__name__}: {reason}")
         return done or replace(empty, note="out of memory")
 
     def _attempt(self, call: Callable[[], Any]) -> Any:
