@@ -186,7 +186,7 @@ def timed(step: Callable[[], Any], args: argparse.Namespace, form: dict[str, Any
         row["allocated_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         row["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         with contextlib.suppress(Exception):
-            row["kernels_ms"] = kernels(step)
+            row |= kernels(step)
     return row
 
 
@@ -198,15 +198,24 @@ def flops(shape: dict[str, Any], seq_len: int) -> float:
     return 6 * counted + 12 * shape["nlayers"] * shape["nheads"] * shape["head_dim"] * seq_len
 
 
-def kernels(step: Callable[[], Any]) -> dict[str, float]:
-    """The 25 kernels that take most of a step."""
+def kernels(step: Callable[[], Any], steps: int = 3) -> dict[str, Any]:
+    """The kernels that take most of a step, and how long all of them take, of several steps behind one another."""
     from torch.profiler import ProfilerActivity, profile
 
+    step()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        step()
+        for _ in range(steps):
+            step()
         wait()
-    top = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)[:25]
-    return {f"{row.key[:90]} x{row.count}": round(row.self_device_time_total / 1e3, 2) for row in top}
+    times: dict[str, float] = {}
+    for row in found.key_averages():
+        name = f"{row.key[:150]} x{row.count / steps:g}"
+        times[name] = times.get(name, 0) + row.self_device_time_total / 1e3 / steps
+    top = sorted(times, key=lambda name: -times[name])[:35]
+    return {
+        "all_kernels_ms": round(sum(times.values()), 2),
+        "kernels_ms": {name: round(times[name], 2) for name in top},
+    }
 
 
 def wait() -> None:

@@ -5,6 +5,7 @@ import random
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -54,3 +55,18 @@ def minilm() -> Path:
     import dev
 
     return dev.fetch(dev.MINILM, sys.executable)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A CPU on which Triton's interpreter runs the kernels."""
+    pytest.importorskip("triton")
+    import torch
+
+    from fms.kernels import skinny
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET=1 is not set")
+    device = torch.device("cpu")
+    monkeypatch.setitem(skinny._machines, device, skinny.Machine(4, False))
+    return device

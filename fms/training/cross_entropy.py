@@ -36,13 +36,15 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Any, elements: int
     ) -> Tensor:
+        dtypes = h.dtype, weight.dtype, None if bias is None else bias.dtype
         if torch.is_autocast_enabled(h.device.type):
             dtype = torch.get_autocast_dtype(h.device.type)
             h, weight, bias = h.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         wide = torch.promote_types(h.dtype, torch.float32)
         comm = head.comm if getattr(head, "shards", None) else None
         first = 0 if comm is None else head.shards["weight"][0].start
-        rows = max(1, elements // max(len(weight), 1))
+        chunks = -(-len(h) // max(1, elements // max(len(weight), 1)))
+        rows = -(-len(h) // max(chunks, 1)) or 1
         counted = labels != IGNORED
         here = (labels >= first) & (labels < first + len(weight)) & counted
         local = (labels - first).masked_fill(~here, -1)
@@ -78,11 +80,16 @@ class _HeadLoss(torch.autograd.Function):
             if dweight is not None:
                 _add_product(dweight, slope.t(), h[part])
         ctx.save_for_backward(dh, dweight, dbias)
+        ctx.dtypes = dtypes
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if d is None else d * gradient for d in ctx.saved_tensors), None, None, None)
+        found = [
+            None if d is None else torch.mul(d, gradient, out=torch.empty_like(d, dtype=dtype))  # in one pass
+            for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*found, None, None, None)
 
 
 def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:

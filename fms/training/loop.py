@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fms.training.checkpoint import Checkpoints, load, random_state, restore_random
 from fms.training.config import TrainConfig
+from fms.training.copies import Copies
 from fms.training.loss import IGNORED
 from fms.training.metrics import Metrics
 from fms.training.objective import Batch
 from fms.training.optim import clip, make_optimizer, make_schedule
-from fms.training.parallel import attention_kernels, last_of_step, precision
+from fms.training.parallel import attention_kernels, last_of_step
 from fms.training.ranks import rank, summed, world
 from fms.training.signals import Stop
 
@@ -49,6 +50,8 @@ class Trainer:
         self.root, self.data, self.config, self.device, self.mesh = root, data, config, device, mesh
         self.place, self.held_out, self.prepare, self.sample = place, held_out, prepare, sample
         self.optimizer = make_optimizer(root.model, config.lr, config.weight_decay, (config.beta1, config.beta2))
+        self.copies = Copies(root) if config.mixed_precision == "bf16" and mesh is None else None
+        self.fused = self.copies is not None and self.copies.serve(self.optimizer)
         self.share = make_schedule(config.schedule, config.steps, config.warmup, config.least_lr, config.decay)
         self.checkpoints = Checkpoints(config.output, config.keep)
         output = Path(self.checkpoints.output) if rank() == 0 else None
@@ -108,6 +111,8 @@ class Trainer:
             with self.computing():
                 part = self.root(batch)
                 (part * scale).backward()  # inside: blocks that are computed again need the same weights
+            if self.copies is not None and not (self.fused and len(step) == 1):
+                self.copies.add_up()
             loss += part.detach()
         finite = self.update()
         self.window += torch.stack((loss, counted.double())).where(finite, 0)
@@ -116,19 +121,28 @@ class Trainer:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        with precision(self.root, self.config, self.mesh), attention_kernels(self.device):
+        with self.precision(), attention_kernels(self.device):
             yield
+
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.copies is None else self.copies.used()
 
     def update(self) -> Tensor:
         """Clip, and step unless the gradient is not finite, which nobody waits to know."""
-        self.norm = clip(self.optimizer, self.config.clip)
-        finite = self.norm.isfinite()
-        row = (self.lost[0] + 1).where(~finite, 0)
-        self.lost = torch.stack((row, self.lost[1].maximum(row)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * self.share(self.step)
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if self.copies is not None and self.fused:
+            self.norm = self.copies.step(self.optimizer, self.config.clip)
+            finite = self.norm.isfinite()
+        else:
+            self.norm = clip(self.optimizer, self.config.clip)
+            finite = self.norm.isfinite()
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            if self.copies is not None:
+                self.copies.changed()
+        row = (self.lost[0] + 1).where(~finite, 0)
+        self.lost = torch.stack((row, self.lost[1].maximum(row)))
         self.optimizer.zero_grad()
         return finite
 
@@ -207,7 +221,7 @@ class Trainer:
         if self.sample is not None:
             begun = time.perf_counter()
             self.root.eval()
-            with torch.no_grad(), precision(self.root, self.config, self.mesh):
+            with torch.no_grad(), self.precision():
                 self.metrics.say(self.sample(self.root))
             self.root.train()
             self.metrics.pause(time.perf_counter() - begun)

@@ -55,6 +55,11 @@ def make_schedule(
     return share
 
 
+def shrinking(norm: Tensor, most: float) -> Tensor:
+    """The factor that takes gradients of this norm down to one of `most`; 1 for smaller ones."""
+    return (most / (norm + 1e-6)).clamp(max=1)
+
+
 def clip(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
     """Scale all gradients down to a norm of `most`; 0: leave them. Returns the norm before, of the whole model."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

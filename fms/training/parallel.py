@@ -92,27 +92,6 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 
 @contextlib.contextmanager
-def precision(root: nn.Module, config: TrainConfig, mesh: DeviceMesh | None) -> Iterator[None]:
-    """What a forward and its backward are computed in. One process does as FSDP does on many: with bf16 it computes
-    with copies of the parameters, whose gradients go to these in fp32."""
-    if config.mixed_precision != "bf16" or mesh is not None:
-        yield
-        return
-    places = [(m._parameters, name, p) for m in root.modules() for name, p in m._parameters.items() if p is not None]
-    copies: dict[int, Any] = {}
-    for _, _, p in places:
-        if id(p) not in copies:  # a tied one stays tied
-            copies[id(p)] = p.to(torch.bfloat16)
-    for parameters, name, p in places:
-        parameters[name] = copies[id(p)]
-    try:
-        yield
-    finally:
-        for parameters, name, p in places:
-            parameters[name] = p
-
-
-@contextlib.contextmanager
 def attention_kernels(device: torch.device) -> Iterator[None]:
     """On a GPU cuDNN's attention where it fits: it plans anew for each shape, of which a training has few."""
     if device.type != "cuda":
