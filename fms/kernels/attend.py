@@ -30,7 +30,7 @@ class Scratch:
         known = machine(keys.device)
         assert known is not None
         pairs = keys.shape[0] * keys.shape[1]
-        wanted = min(8 * known.multiprocessors // pairs, -(-keys.shape[2] // BLOCK), PARTS)
+        wanted = min(32 * known.multiprocessors // pairs, -(-keys.shape[2] // BLOCK), PARTS)
         self.splits = power(max(wanted, 1))
         self.counts = torch.zeros(pairs, dtype=torch.int32, device=keys.device)
         self.parts = keys.new_empty(pairs * self.splits * group * (keys.shape[3] + 2), dtype=torch.float32)
@@ -247,7 +247,7 @@ def attend_step(
             "ROPE": cos is not None,
             "NORM": q_norm is not None,
             "EARLY": known.early,
-            "num_warps": 4,
+            "num_warps": 2 if head_dim <= 128 else 4,
         }
 
     start(
