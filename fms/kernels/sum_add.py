@@ -11,8 +11,7 @@ BLOCK = 1024  # elements a program
 BLOCKS = 128  # programs of the largest sum
 ROWS = 256  # of a batch whose tokens are chosen together
 SLOT = BLOCK * BLOCKS  # elements
-TOKENS = 3 * SLOT * 2  # where the memory's parts begin, in bytes
-FLAGS = TOKENS + 3 * ROWS * 8
+FLAGS = 3 * ROWS * 8  # where in the memory, behind what is said of tokens, the counts of meetings begin
 WAIT = 1 << 27  # looks for another rank, of about a microsecond each
 
 
@@ -26,8 +25,13 @@ class Peers(NamedTuple):
     size: int
 
 
-def room(size: int) -> int:
+def parts_at(size: int) -> int:
+    """Where, behind the counts, the parts of sums begin: three slots of one of each rank."""
     return FLAGS + (BLOCKS + ROWS) * size * 8
+
+
+def room(size: int) -> int:
+    return parts_at(size) + 3 * size * SLOT * 2
 
 
 def make_peers(addresses: list[int], rank: int, device: torch.device) -> Peers:
@@ -53,7 +57,8 @@ def sum_add(
     tensors = y, y if residual is None else residual.contiguous(), y if bias is None else bias, out
 
     def sizes() -> Sizes:
-        named = {"WIDTH": width, "BLOCK": BLOCK, "SLOT": SLOT, **meeting(peers), "EARLY": known.early}
+        named = {"WIDTH": width, "BLOCK": BLOCK, "SLOT": SLOT, "PARTS": parts_at(peers.size), **meeting(peers)}
+        named |= {"EARLY": known.early}
         named |= {"ADD": residual is not None, "BIAS": bias is not None, "num_warps": 4}
         return (-(-n // BLOCK),), named
 

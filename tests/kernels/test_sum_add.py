@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fms.kernels import next_token, sum_add
 from fms.kernels.next_token import make_rows
-from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, TOKENS, Peers, make_peers, room
+from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, Peers, make_peers, parts_at, room
 
 # Ranks that wait for each other must not share a queue of the device's, of which there are eight where nothing is said.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -33,7 +33,12 @@ def wanted(parts: list[Tensor], residual: Tensor | None, scale: float, bias: Ten
 
 def flags(memory: Tensor, size: int) -> Tensor:
     """(flag, rank)"""
-    return memory[FLAGS // 8 :].view(BLOCKS + ROWS, size)
+    return memory[FLAGS // 8 : parts_at(size) // 8].view(BLOCKS + ROWS, size)
+
+
+def part(memory: Tensor, size: int, time: int, rank: int) -> Tensor:
+    """What this rank has written there, the `time`th time."""
+    return memory[parts_at(size) // 8 :].view(torch.half).view(3, size, SLOT)[time % 3, rank]
 
 
 @pytest.mark.parametrize(("size", "rank", "time"), [(2, 0, 0), (2, 1, 5), (4, 2, 1)])
@@ -48,14 +53,14 @@ def test_a_sum_with_others_that_were_there_before(
     mine.times.fill_(time)
     for r in range(size):
         if r != rank:
-            memory[r].view(torch.half)[time % 3 * SLOT :][: parts[r].numel()] = parts[r].flatten()
+            part(memory[rank], size, time, r)[: parts[r].numel()] = parts[r].flatten()
             flags(memory[rank], size)[:, r] = time + (r % 2) + 1  # some are ahead
     got = sum_add.sum_add(parts[rank], mine, residual, 0.5, bias)
     torch.testing.assert_close(got, wanted(parts, residual, 0.5, bias), rtol=1e-3, atol=1e-3)
-    assert torch.equal(memory[rank].view(torch.half)[time % 3 * SLOT :][: got.numel()], parts[rank].flatten())
     assert mine.times.tolist() == [time + 1] * 3 + [time] * (BLOCKS + ROWS - 3)
     for r in range(size):
         if r != rank:
+            assert torch.equal(part(memory[r], size, time, rank)[: got.numel()], parts[rank].flatten())
             assert flags(memory[r], size)[:, rank].tolist() == [time + 1] * 3 + [0] * (BLOCKS + ROWS - 3)
 
 
@@ -77,7 +82,7 @@ def test_a_choice_with_others_that_were_there_before(interpreted: torch.device, 
     rows.going.fill_(1)
     bits = int(torch.tensor(float("inf") if theirs != theirs else theirs).view(torch.int32))
     ordered = bits ^ 0x7FFFFFFF if bits < 0 else bits
-    memory[0][TOKENS // 8] = (ordered << 32) | (0x7FFFFFFF - 11)
+    memory[0][0] = (ordered << 32) | (0x7FFFFFFF - 11)
     flags(memory[1], 2)[BLOCKS, 0] = 1
     next_token._launch(logits, rows, peers[1], 30)
     if theirs != theirs:
@@ -99,7 +104,7 @@ def in_turn(memory: list[Tensor], peers: list[Peers], work: Callable[[int], None
 
     torch.cuda.synchronize()
     for rank in range(len(peers)):
-        memory[rank][FLAGS // 8 :] = 1 << 40
+        flags(memory[rank], len(peers))[:] = 1 << 40
         torch.cuda.synchronize()
         for _ in range(times):
             run(rank)
@@ -156,7 +161,7 @@ def test_choices_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.lengths.flatten().tolist() == [2000] * 3
 
 
-def test_the_memory_has_room_for_everything() -> None:
-    assert FLAGS >= TOKENS + 3 * ROWS * 8
-    assert TOKENS == 3 * SLOT * 2
-    assert FLAGS % 8 == TOKENS % 8 == 0
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_the_memory_has_room_for_everything(size: int) -> None:
+    assert FLAGS % 16 == parts_at(size) % 16 == 0
+    assert flags(torch.zeros(room(size) // 8, dtype=torch.long), size).numel() == (BLOCKS + ROWS) * size

@@ -13,7 +13,7 @@ from fms.kernels.gpu.ranks import choice_of_ranks
 def next_token(
     logits, tokens, fed, lengths, going, ends, eos, best, place, counts, bases, times,
     N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, EOS: tl.constexpr, EARLY: tl.constexpr,
-    FIRST: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr, FLAGS: tl.constexpr, FLAG: tl.constexpr,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, FLAGS: tl.constexpr, FLAG: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """A program finds the best of a part of a row; the last of a row's to arrive joins them, and moves the row on. Of
@@ -40,9 +40,7 @@ def next_token(
         winner = tl.max(tops, 0)
         token = FIRST + tl.minimum(tl.min(tl.where(tops == winner, wheres, N), 0), N - 1).to(tl.int64)
         if RANKS > 1:
-            winner, token = choice_of_ranks(
-                bases, times, row, winner, token, ROWS, OFFSET, FLAGS, FLAG, RANK, RANKS, WAIT
-            )
+            winner, token = choice_of_ranks(bases, times, row, winner, token, ROWS, FLAGS, FLAG, RANK, RANKS, WAIT)
         fit = (winner < float("inf")) & (winner > float("-inf"))
         goes = tl.load(going + row)
         length = tl.load(lengths + row) + goes

@@ -40,12 +40,14 @@ def meet(bases, flag, time, FLAGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.c
 @triton.jit(do_not_specialize=["eighths"])
 def sum_add(
     y, residual, bias, out, bases, times, eighths, scale,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, FLAGS: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, WAIT: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, PARTS: tl.constexpr, FLAGS: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """`residual + scale * (the ranks' sum of y + bias)`, 8 times `eighths` elements, added in the order of ranks.
 
-    Meetings take turns in three slots: who has met the others knows that they have read the slots of earlier ones.
+    Each rank writes its part where the others will read it, for a write need not be waited for as a read must. Meetings
+    take turns in three slots: who has met the others knows that they have read the slots of earlier ones.
     """
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -53,13 +55,19 @@ def sum_add(
     KIND: tl.constexpr = y.dtype.element_ty
     early(EARLY)
     time = tl.load(times + block)
-    slot = (time % 3).to(tl.int32) * SLOT
-    tl.store(of_rank(bases, RANK, 0, KIND) + slot + at, tl.load(y + at, mask=inside, other=0.0), mask=inside)
+    slot = (time % 3).to(tl.int32) * RANKS
+    mine = tl.load(y + at, mask=inside, other=0.0)
+    for r in tl.static_range(RANKS):
+        if r != RANK:
+            tl.store(of_rank(bases, r, PARTS, KIND) + (slot + RANK) * SLOT + at, mine, mask=inside)
     came = meet(bases, block, time + 1, FLAGS, RANK, RANKS, WAIT)
     total = tl.zeros((BLOCK,), tl.float32)
     for r in tl.static_range(RANKS):
-        theirs = of_rank(bases, r, 0, KIND) + slot + at
-        total += tl.load(theirs, mask=inside, other=0.0, volatile=True).to(tl.float32)
+        if r == RANK:
+            total += mine.to(tl.float32)
+        else:
+            theirs = of_rank(bases, RANK, PARTS, KIND) + (slot + r) * SLOT + at
+            total += tl.load(theirs, mask=inside, other=0.0, volatile=True).to(tl.float32)
     if BIAS:
         total += vector(bias, at % WIDTH, inside)
     if ADD:
@@ -72,7 +80,7 @@ def sum_add(
 @triton.jit
 def choice_of_ranks(
     bases, times, row, top, token,
-    B: tl.constexpr, OFFSET: tl.constexpr, FLAGS: tl.constexpr, FLAG: tl.constexpr, RANK: tl.constexpr,
+    B: tl.constexpr, FLAGS: tl.constexpr, FLAG: tl.constexpr, RANK: tl.constexpr,
     RANKS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """The highest logit of all ranks' and its token, the first of equals; NaN where a rank has not come."""
@@ -80,7 +88,7 @@ def choice_of_ranks(
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as the numbers are
     best = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
     time = tl.load(times + FLAG + row)
-    place = OFFSET // 8 + (time % 3) * B + row
+    place = (time % 3) * B + row
     tl.store(of_rank(bases, RANK, 0, tl.int64) + place, best)
     came = meet(bases, FLAG + row, time + 1, FLAGS, RANK, RANKS, WAIT)
     for r in tl.static_range(RANKS):
