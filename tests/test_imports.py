@@ -27,8 +27,8 @@ TABLE = {
     "fms/utils": "torch numpy safetensors fms.utils fms.modules fms.kernels fms.__version__"
     " ~tokenizers ~sentencepiece ~tiktoken ~jinja2 ~huggingface_hub ~tqdm ~matplotlib",
     "fms/datasets": "torch numpy fms.datasets fms.utils ~pyarrow ~datasets ~tqdm",
-    "fms/training": "torch torch.distributed fms.training fms.distributed fms.kernels.cross_entropy fms.utils ~peft"
-    " ~tqdm",
+    "fms/training": "torch torch.distributed fms.training fms.distributed fms.kernels.cross_entropy"
+    " fms.kernels.adamw fms.utils ~peft ~tqdm",
 }
 # `torch` and `fms.models` do not cover these: they must be named.
 APART = ("torch.distributed", "fms.models.hf", "fms.kernels.gpu")

@@ -18,10 +18,11 @@ def shard(
 ) -> Any:
     """FSDP2 over the data axes of a mesh of `make_mesh`: each block of the model gathers its parameters when it runs.
 
-    `root`, which is called, holds the model; what is in no block (embedding, last norm, head, a tied pair) belongs to
-    it. Where "replicate" has several ranks each replica is sharded by itself (HSDP). `reshard=False` keeps parameters
-    gathered between forward and backward (ZeRO-2). `param_dtype` is what is computed in, `reduce_dtype` what gradients
-    are summed in. The model may be tensor parallel along "tp" already. Returns the root.
+    `root`, which is called, holds the model; what is in no block (embedding, last norm, a tied pair, an encoder's head)
+    belongs to it. A decoder's own head is gathered when it is called, and its gradient is on its way while blocks
+    compute theirs. Where "replicate" has several ranks each replica is sharded by itself (HSDP). `reshard=False` keeps
+    parameters gathered between forward and backward (ZeRO-2). `param_dtype` is what is computed in, `reduce_dtype` what
+    gradients are summed in. The model may be tensor parallel along "tp" already. Returns the root.
     """
     data = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
     # the angles of positions go into each block and stay fp32
@@ -29,4 +30,7 @@ def shard(
     model = next(module for module in root.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
     for block in model.layers:
         fully_shard(block, mesh=data, reshard_after_forward=reshard, mp_policy=precision)
+    head = model.head
+    if hasattr(head, "scaling") and head._parameters["weight"] is not model.embedding._parameters["weight"]:
+        fully_shard(head, mesh=data, reshard_after_forward=False, mp_policy=precision)
     return fully_shard(root, mesh=data, reshard_after_forward=reshard, mp_policy=precision)

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from fms.kernels.skinny import Sizes, machine, start
+from fms.kernels.skinny import HALF, Sizes, machine, start
 
 BLOCK = 2048  # elements a program
 
 
-def serves_adamw(device: torch.device) -> bool:
-    return machine(device) is not None
+def serves_adamw(p: Tensor) -> bool:
+    return machine(p.device) is not None and p.dtype in (torch.float32, *HALF) and p.is_contiguous()
 
 
 def adamw_(
@@ -17,24 +17,26 @@ def adamw_(
     gradient: Tensor,
     mean: Tensor,
     square: Tensor,
-    copy: Tensor,
+    copy: Tensor | None,
     told: Tensor,
     lr: float,
     decay: float,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) on p, its means and a copy, all of one shape;
-    p and means in fp32.
+    """One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) on p, its means and a copy, all of one shape,
+    computed in fp32.
 
     `told` (4, fp32): the gradient's factor, 1 - beta1^t, the root of 1 - beta2^t, and 0 where nothing is to be done.
     """
     from fms.kernels.gpu.adamw import adamw as kernel
 
     n = p.numel()
-    tensors = p, gradient.contiguous(), mean, square, copy, told
+    if not n:
+        return
+    tensors = p, gradient.contiguous(), mean, square, p if copy is None else copy, told
 
     def sizes() -> Sizes:
-        return (-(-n // BLOCK),), {"BLOCK": BLOCK, "num_warps": 8}
+        return (-(-n // BLOCK),), {"COPY": copy is not None, "BLOCK": BLOCK, "num_warps": 8}
 
-    start(kernel, (*tensors, n, lr, decay, *betas, eps), sizes, n)
+    start(kernel, (*tensors, n, lr, decay, *betas, eps), sizes, (n, copy is None))

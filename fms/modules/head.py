@@ -1,5 +1,7 @@
 """The projection to the vocabulary."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from fms.kernels.norm_linear import norm_linear
@@ -17,5 +19,6 @@ class Head(nn.Linear):
         logits = norm_linear(h, None, self)
         return logits if self.scaling == 1 else logits / self.scaling
 
-    def forward(self, h: Tensor) -> Tensor:
-        return self.local(h)
+    def forward(self, h: Tensor, use: Callable[[Tensor, "Head"], Tensor] | None = None) -> Tensor:
+        """Logits, or `use(h, self)`: what needs the weights themselves, which FSDP has here."""
+        return self.local(h) if use is None else use(h, self)

@@ -228,7 +228,9 @@ class VocabHead(Sharded):
         """How many rows each rank has, but for the last ones, which may have fewer."""
         return -(-self.out_features // self.comm.size)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, use: Callable[[Tensor, Any], Tensor] | None = None) -> Tensor:
+        if use is not None:
+            return use(h, self)
         logits = self.local(h)
         return self.comm.join(F.pad(logits, (0, self.share - logits.shape[-1])))[..., : self.out_features]
 

@@ -138,7 +138,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What a checkpoint holds: each trained parameter and its optimizer state by name. A tied one is there once."""
     named = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    state = {f"{kind}.{name}": value for name, p in named.items() for kind, value in optimizer.state[p].items()}
+    states = dict(optimizer.state)  # where what is missing is an error
+    state = {f"{kind}.{name}": value for name, p in named.items() for kind, value in states[p].items()}
     return {name: p.detach() for name, p in named.items()} | state
 
 

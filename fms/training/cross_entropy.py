@@ -22,13 +22,18 @@ def head_loss(h: Tensor, head: Any, labels: Tensor, elements: int | None = None)
     it: then ranks exchange a maximum and two sums for each token. Gradients are computed with the loss, so that logits
     are made once; of a share twice. A head that is no plain projection (LoRA) makes all its logits.
     """
-    if not hasattr(head, "scaling") or hasattr(head, "base_layer"):
+    if not is_projection(head):
         logits = head(h).flatten(0, 1)
         return F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     elements = elements or (ON_GPU if h.is_cuda else ELEMENTS)
     comm = head.comm if getattr(head, "shards", None) else None
     h = h if comm is None else comm.same(h)
     return _HeadLoss.apply(h.flatten(0, 1), head.weight, head.bias, labels.flatten(), head, elements)
+
+
+def is_projection(head: Any) -> bool:
+    """Whether it is one matrix; LoRA's is not."""
+    return hasattr(head, "scaling") and not hasattr(head, "base_layer")
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -54,14 +59,18 @@ class _HeadLoss(torch.autograd.Function):
         def logits(part: slice) -> Tensor:
             return F.linear(h[part], weight, bias)
 
-        found = None if comm is None else _over_ranks((tally(logits(p), local[p], factor) for p in parts), comm)
+        only = logits(parts[0]) if comm is not None and len(parts) == 1 else None  # kept: they are no more than a chunk
+        found = None
+        if comm is not None:
+            given = ((p, logits(p) if only is None else only) for p in parts)
+            found = _over_ranks((tally(scores, local[p], factor) for p, scores in given), comm)
         need_h, need_weight, need_bias = ctx.needs_input_grad[:3]
         dh = torch.empty_like(h) if need_h else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
         total = h.new_zeros((), dtype=wide)
         for part in parts:
-            scores = None
+            scores = only
             if found is None:
                 scores = logits(part)
                 top, sums, right = tally(scores, local[part], factor)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fms.training.checkpoint import Checkpoints, load, random_state, restore_random
 from fms.training.config import TrainConfig
@@ -17,8 +18,8 @@ from fms.training.copies import Copies
 from fms.training.loss import IGNORED
 from fms.training.metrics import Metrics
 from fms.training.objective import Batch
-from fms.training.optim import clip, make_optimizer, make_schedule
-from fms.training.parallel import attention_kernels, last_of_step
+from fms.training.optim import clip, make_optimizer, make_schedule, step_at_once, steps_at_once
+from fms.training.parallel import at_rest, attention_kernels, last_of_step
 from fms.training.ranks import rank, summed, world
 from fms.training.signals import Stop
 
@@ -50,8 +51,9 @@ class Trainer:
         self.root, self.data, self.config, self.device, self.mesh = root, data, config, device, mesh
         self.place, self.held_out, self.prepare, self.sample = place, held_out, prepare, sample
         self.optimizer = make_optimizer(root.model, config.lr, config.weight_decay, (config.beta1, config.beta2))
-        self.copies = Copies(root) if config.mixed_precision == "bf16" and mesh is None else None
-        self.fused = self.copies is not None and self.copies.serve(self.optimizer)
+        low = config.mixed_precision == "bf16" and not isinstance(root, FSDPModule)
+        self.copies = Copies(root) if low else None
+        self.fused = steps_at_once(self.optimizer)
         self.share = make_schedule(config.schedule, config.steps, config.warmup, config.least_lr, config.decay)
         self.checkpoints = Checkpoints(config.output, config.keep)
         output = Path(self.checkpoints.output) if rank() == 0 else None
@@ -131,8 +133,8 @@ class Trainer:
         """Clip, and step unless the gradient is not finite, which nobody waits to know."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * self.share(self.step)
-        if self.copies is not None and self.fused:
-            self.norm = self.copies.step(self.optimizer, self.config.clip)
+        if self.fused:
+            self.norm = step_at_once(self.optimizer, self.config.clip, {} if self.copies is None else self.copies.made)
             finite = self.norm.isfinite()
         else:
             self.norm = clip(self.optimizer, self.config.clip)
@@ -210,6 +212,7 @@ class Trainer:
                     there["labels"].fill_(IGNORED)
                 sums += torch.stack((self.root(there).double(), self.root.count(there).double()))
         self.root.train()
+        at_rest(self.root)
         loss, labels = summed(sums).tolist()
         if not labels:
             raise ValueError(f"{self.config.eval_path}: the held-out data has no label that counts")
@@ -224,6 +227,7 @@ class Trainer:
             with torch.no_grad(), self.precision():
                 self.metrics.say(self.sample(self.root))
             self.root.train()
+            at_rest(self.root)
             self.metrics.pause(time.perf_counter() - begun)
 
     def save(self) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.training.cross_entropy import head_loss
+from fms.training.cross_entropy import head_loss, is_projection
 from fms.training.loss import IGNORED, mask_tokens
 
 OBJECTIVES = ("causal", "masked")
@@ -42,7 +42,8 @@ class LMLoss(nn.Module):
         h = self.model.hidden(batch["input_ids"], **inputs)
         head, labels = self.model.head, self.labels(batch)
         if self.model.causal:
-            return head_loss(h, head, labels)
+            loss = lambda h, head: head_loss(h, head, labels)
+            return head(h, loss) if is_projection(head) else loss(h, head)
         return head_loss(head.ln(head.activation(head.dense(h))), head.out, labels)
 
     def labels(self, batch: Batch) -> Tensor:

@@ -1,11 +1,14 @@
 """AdamW with its groups, and the course of the learning rate."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from fms.kernels.adamw import adamw_, serves_adamw
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -55,15 +58,69 @@ def make_schedule(
     return share
 
 
-def shrinking(norm: Tensor, most: float) -> Tensor:
-    """The factor that takes gradients of this norm down to one of `most`; 1 for smaller ones."""
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Of all of them together, wherever their parts are; in fp32 at least."""
+    groups: dict[Any, list[Tensor]] = {}
+    for g in gradients:
+        groups.setdefault((g.device_mesh, g.placements) if isinstance(g, DTensor) else None, []).append(local(g))
+    squares = []
+    for place, parts in groups.items():
+        wide = torch.promote_types(parts[0].dtype, torch.float32)
+        square = torch.stack(torch._foreach_norm(parts, 2, wide)).square().sum()
+        if place is not None:
+            mesh, placements = place
+            said = [Replicate() if p.is_replicate() else Partial() for p in placements]
+            square = DTensor.from_local(square, mesh, said).full_tensor()
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def local(t: Tensor) -> Tensor:
+    """What this rank has of it."""
+    return t._local_tensor if isinstance(t, DTensor) else t
+
+
+@torch.no_grad()
+def clip(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
+    """Scale all gradients down to a norm of `most`; 0: leave them. Returns the norm before, of the whole model."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = total_norm(gradients)
+    if most:
+        torch._foreach_mul_([local(g) for g in gradients], _shrinking(norm, most))
+    return norm
+
+
+def _shrinking(norm: Tensor, most: float) -> Tensor:
     return (most / (norm + 1e-6)).clamp(max=1)
 
 
-def clip(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
-    """Scale all gradients down to a norm of `most`; 0: leave them. Returns the norm before, of the whole model."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if most:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def steps_at_once(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step_at_once` takes its parameters."""
+    return all(serves_adamw(local(p)) for group in optimizer.param_groups for p in group["params"])
+
+
+@torch.no_grad()
+def step_at_once(optimizer: torch.optim.AdamW, most: float, copies: Mapping[nn.Parameter, nn.Parameter]) -> Tensor:
+    """`clip` and a step, unless gradients are not finite, in one pass over all there is after that for the norm, which
+    is returned. `copies` are to be what the parameters become; a parameter's gradient may be its copy's."""
+    trained: list[tuple[nn.Parameter, Tensor, dict[str, Any]]] = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            gradient = copies[p].grad if p.grad is None and p in copies else p.grad
+            if gradient is not None:
+                trained.append((p, gradient, group))
+    norm = total_norm([gradient for _, gradient, _ in trained])
+    finite = norm.isfinite().float()
+    states = [optimizer.state[p] for p, _, _ in trained]
+    torch._foreach_add_([state["step"] for state in states], finite)
+    count, (beta1, beta2) = states[0]["step"].double(), trained[0][2]["betas"]
+    factor = _shrinking(norm, most) if most else torch.ones_like(norm)
+    told = torch.stack((factor, 1 - beta1**count, (1 - beta2**count).sqrt(), finite)).float()
+    for (p, gradient, group), state in zip(trained, states, strict=True):
+        mean, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        copy = local(copies[p]) if p in copies else None
+        how = group["lr"], group["weight_decay"], group["betas"], group["eps"]
+        adamw_(local(p), local(gradient), mean, square, copy, told, *how)
+    for copy in copies.values():
+        copy.grad = None
+    return norm

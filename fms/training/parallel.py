@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fms.distributed.fsdp import shard
@@ -45,8 +45,8 @@ def _remedy(kind: str) -> str:
 
 
 def share_out(root: Any, config: TrainConfig, mesh: DeviceMesh | None) -> Any:
-    """FSDP2 over the mesh's data axes, however many ranks they have; nothing in one process. Returns the root."""
-    if mesh is None:
+    """FSDP2 over the mesh's data axes; nothing where all ranks see the same data. Returns the root."""
+    if mesh is None or mesh["replicate"].size() * mesh["shard"].size() == 1:
         return root
     # which would tell each run that norms are summed over two axes in turn
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -110,6 +110,13 @@ def last_of_step(root: Any, last: bool) -> None:
     if hasattr(root, "set_requires_all_reduce"):
         root.set_requires_all_reduce(last)
         root.set_is_last_backward(last)
+
+
+def at_rest(root: nn.Module) -> None:
+    """Share out again what FSDP keeps gathered for a backward that does not come: only shards are saved and trained."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(model: nn.Module, keep: bool) -> None:

@@ -1,5 +1,6 @@
 """Every strategy on real ranks takes the steps that one process takes, and goes on from what any other has saved."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,11 @@ class Rows(Data):
         return whole
 
 
-def trained(world: Any, work: str, output: str, steps: int, model: dict[str, Any]) -> dict[str, Tensor]:
+def trained(
+    world: Any, work: str, output: str, steps: int, model: dict[str, Any], more: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
     """The parameters after so many steps."""
-    options = {"batch_size": 2} | WORK[work]
+    options = {"batch_size": 2} | WORK[work] | (more or {})
     if work.startswith("none"):
         options["batch_size"] = 8
     if work.startswith("tp"):
@@ -138,14 +141,15 @@ def trained(world: Any, work: str, output: str, steps: int, model: dict[str, Any
         add_lora(made, config.lora, config.lora_alpha, ["query", "w1"])
     recompute(made, config.activation_checkpointing)
     root = share_out(LMLoss(made), config, mesh)
-    Trainer(root, Rows(*place, config.accumulate), config, CPU, mesh, place).run()
+    held_out = lambda: Rows(*place, 1).batches(1)
+    Trainer(root, Rows(*place, config.accumulate), config, CPU, mesh, place, held_out).run()
     continuation(root, [1, 2, 3], 32, count=2)
     whole(made, True)
     return {name: p.detach() for name, p in made.named_parameters()}
 
 
 def losses(output: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(output)]
+    return [row["loss"] for row in read_rows(output) if "loss" in row]
 
 
 MANY = [work for work in WORK if not work.startswith("none")]
@@ -168,6 +172,18 @@ def test_equals_one_process_and_resumes_elsewhere(ranks: Ranks, work: str, tmp_p
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
 
 
+@pytest.mark.parametrize("work", ["fsdp", "zero 2"])
+def test_a_checkpoint_after_an_evaluation_is_whole(ranks: Ranks, work: str, tmp_path: Path) -> None:
+    """A forward without a backward leaves parameters gathered."""
+    want = trained(None, "none", str(tmp_path / "one"), 4, {})
+    many = tmp_path / "many"
+    ranks.run(4, trained, work, str(many), 3, {}, {"eval_steps": 1, "eval_batches": 1, "checkpoint_steps": 2})
+    shutil.rmtree(many / "step_00000003")
+    for got in ranks.run(4, trained, work, str(many), 4, {}):
+        for name, parameter in want.items():
+            torch.testing.assert_close(got[name], parameter, rtol=1e-7, atol=1e-7, msg=name)
+
+
 def test_one_process_goes_on_from_four(ranks: Ranks, tmp_path: Path) -> None:
     want = trained(None, "none", str(tmp_path / "one"), 6, {})
     ranks.run(4, trained, "tp+fsdp", str(tmp_path / "many"), 3, {})
@@ -177,23 +193,26 @@ def test_one_process_goes_on_from_four(ranks: Ranks, tmp_path: Path) -> None:
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
 
 
-def low(world: Any, output: str) -> None:
-    many = world is not None
-    config = settings(
-        output, steps=4, mixed_precision="bf16", batch_size=2 if many else 8, distributed="fsdp" if many else "none"
-    )
-    mesh = mesh_for(config, CPU)
+def low(world: Any, output: str, distributed: str = "none") -> None:
+    size = 2 if distributed == "fsdp" else 8
+    config = settings(output, steps=4, mixed_precision="bf16", batch_size=size, distributed=distributed)
+    mesh = mesh_for(config, CPU) if world is not None else None
     place = data_place(mesh)
     torch.manual_seed(0)
-    root = share_out(LMLoss(get_model("llama", "micro", **DECODER)), config, mesh)
+    strategy = (
+        TensorParallel(mesh["tp"], sequence_parallel=True) if distributed == "tp" and mesh is not None else "none"
+    )
+    root = share_out(LMLoss(get_model("llama", "micro", distributed_strategy=strategy, **DECODER)), config, mesh)
     Trainer(root, Rows(*place, 1), config, CPU, mesh, place).run()
 
 
-def test_bf16_of_one_process_is_that_of_many(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distributed", ["fsdp", "tp"])
+def test_bf16_of_one_process_is_that_of_many(ranks: Ranks, distributed: str, tmp_path: Path) -> None:
     low(None, str(tmp_path / "one"))
-    ranks.run(4, low, str(tmp_path / "many"))
+    ranks.run(4, low, str(tmp_path / "many"), distributed)
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
-    assert many[0] == pytest.approx(one[0], rel=1e-6)  # the same products of the same copies
+    if distributed == "fsdp":
+        assert many[0] == pytest.approx(one[0], rel=1e-6)  # the same products of the same copies
     assert many == pytest.approx(one, rel=1e-2)
 
 
