@@ -1,6 +1,8 @@
 """Every strategy on real ranks takes the steps that one process takes, and goes on from what any other has saved."""
 
+import os
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fms.distributed.mesh import data_place
 from fms.distributed.strategy import TensorParallel
+from fms.kernels import skinny
 from fms.models import get_model
 from fms.training.config import TrainConfig
 from fms.training.cross_entropy import head_loss
@@ -19,6 +22,7 @@ from fms.training.lora import add_lora
 from fms.training.loss import IGNORED
 from fms.training.metrics import read_rows
 from fms.training.objective import LMLoss
+from fms.training.optim import clip, local, make_optimizer, step_at_once, steps_at_once
 from fms.training.parallel import mesh_for, recompute, share_out, whole
 from fms.training.sample import continuation
 from tests.distributed.ranks import Ranks
@@ -234,3 +238,40 @@ def test_sizes_that_do_not_fit(ranks: Ranks) -> None:
     assert "all 4 processes, not tp=2" in tp
     assert "tp=3 x shard=1 x replicate=1 is not the 4 ranks" in both
     assert "start with torchrun" in refused(None, distributed="fsdp")
+
+
+def at_once(world: Any, work: str, kernel: bool) -> list[Tensor]:
+    """This rank's shards after two steps, by the kernel, which Triton's interpreter runs, or without it."""
+    before = dict(skinny._machines)
+    skinny._machines[CPU] = skinny.Machine(4, False) if kernel else None
+    try:
+        config = settings("-", batch_size=8 if work == "tp" else 2, clip=0.1, **WORK[work])
+        mesh = mesh_for(config, CPU)
+        place = data_place(mesh)
+        torch.manual_seed(0)
+        strategy = TensorParallel(mesh["tp"]) if work == "tp" and mesh is not None else "none"
+        root = share_out(LMLoss(get_model("llama", "micro", distributed_strategy=strategy, **DECODER)), config, mesh)
+        optimizer = make_optimizer(root.model, 1e-2)
+        assert steps_at_once(optimizer) == kernel
+        skinny._machines[CPU] = None  # for the loss
+        for batch in islice(Rows(*place, 1).batches(2), 2):
+            (root(batch) / 100).backward()
+            if kernel:
+                step_at_once(optimizer, 0.1, {})
+            else:
+                clip(optimizer, 0.1)
+                optimizer.step()
+            optimizer.zero_grad()
+        return [local(p).detach().clone() for p in root.parameters()]
+    finally:
+        skinny._machines.clear()
+        skinny._machines.update(before)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")
+@pytest.mark.parametrize("work", ["fsdp", "tp"])
+def test_one_kernel_steps_shards(ranks: Ranks, work: str) -> None:
+    pytest.importorskip("triton")
+    want, got = ranks.run(4, at_once, work, False), ranks.run(4, at_once, work, True)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
