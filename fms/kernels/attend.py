@@ -58,6 +58,12 @@ def serves_step(keys: Tensor) -> bool:
     return keys.is_cuda and keys.dtype in HALF and d % 2 == 0 and d <= 256 and machine(keys.device) is not None
 
 
+def serves_later(keys: Tensor) -> bool:
+    """Whether new tokens behind others, keys (b, kvheads, slots, head_dim) of both, need no mask to see what is before
+    them: PyTorch's flash kernel, asked by name, takes the last query for that of the last key."""
+    return keys.is_cuda and keys.dtype in HALF and keys.shape[-1] % 8 == 0 and keys.shape[-1] <= 256
+
+
 def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Rotate heads `x` (b, s, heads, head_dim): channel i with i + head_dim / 2, computed in fp32."""
     cos, sin = angles
@@ -80,7 +86,8 @@ def attend(
     """Attention of q (b, s, heads, d) over k and v (b, s, kvheads, d) and what `layer` holds: (b, s, heads * d).
 
     `mask` broadcasts to (b, heads, s, kv): bool, where True takes part, or a float that is added. `None` is causal, or
-    everything if not `causal`. `norms` act on each head of q and of k before they are rotated.
+    everything if not `causal`; a layer that is `later` has others before q, all of which see those. `norms` act on each
+    head of q and of k before they are rotated.
     """
     if norms is not None:
         q, k = norms[0](q), norms[1](k)
@@ -144,6 +151,11 @@ def _weigh(
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
         return out.reshape(b, 1, heads * d)
+    if mask is None and getattr(layer, "later", False):
+        if serves_later(k):
+            out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, True, scale=scale)[0]
+            return out.transpose(1, 2).flatten(2)
+        mask = torch.ones(s, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - s)
     group = heads // k.shape[1]
     if group > 1 and mask is not None and q.is_cuda:  # no kernel of PyTorch's takes both: it would keep all scores
         k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))

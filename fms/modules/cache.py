@@ -1,7 +1,8 @@
 """Keys and values of tokens already seen. State is an argument: a model holds none of it.
 
 The contract that a model relies on: `cache.advance(n)` makes room for n more tokens a row and returns their positions
-(1 or b, n) and the mask they need (None: causal among themselves with nothing before, or a single token that sees all);
+(1 or b, n) and the mask they need (None: causal among themselves with nothing before, or where layers are `later` with
+others before, or a single token that sees all);
 `cache.layers[i].update(k, v)` stores the new keys and values (b, kvheads, n, head_dim) and returns all to attend to;
 `cache.take`, where a cache has it, says how many of the next pass's tokens each row really has, the rest being padding
 on its right; it holds for one pass. `cache.span` is how long the sequences may get, an int or one a row (b, 1), for
@@ -14,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fms.kernels.attend import LayerCache, Scratch, Step, serves_step
+from fms.kernels.attend import LayerCache, Scratch, Step, serves_later, serves_step
 
 
 def visible(positions: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
@@ -42,6 +43,7 @@ class StaticLayer:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.first = self.end = 0
         self.slots: tuple[Tensor, Tensor] | None = None  # rows (b, 1) and their slots (b, n), where rows differ
+        self.later = False  # the pass needs no mask to see what is before it
         self.step: Step | None = None  # where the pass is of one token a row, and there is a kernel for that
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,16 +102,18 @@ class StaticCache(RowLengths):
         self.layers = [StaticLayer((batch, kvheads, max_len, head_dim), dtype, self.device) for _ in range(nlayers)]
         keys = self.layers[0].k
         self.scratch = Scratch(keys, group) if serves_step(keys) else None
+        self.later = serves_later(keys)
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
         first, end = (0, self.max_len) if self.steady else (self.length, self.length + n)
         if end > self.max_len:
             raise ValueError(f"{first} tokens in the cache and {n} new ones are more than its max_len={self.max_len}")
-        slots, mask, step = None, None, None
+        slots, mask, step, later = None, None, None, False
         serves = self.scratch is not None and n == 1
         if self.lengths is None:
             positions = (torch.arange(n, device=self.device) + first)[None]
-            if first and n > 1:
+            later = self.later and first > 0 and n > 1
+            if first and n > 1 and not later:
                 mask = visible(positions, torch.arange(end, device=self.device)[None])
         else:
             positions = self.lengths if n == 1 else self.lengths + torch.arange(n, device=self.device)
@@ -120,7 +124,7 @@ class StaticCache(RowLengths):
             assert self.scratch is not None
             step = Step(positions.flatten(), self.max_len, self.scratch, even=self.lengths is None)
         for layer in self.layers:
-            layer.first, layer.end, layer.slots, layer.step = first, end, slots, step
+            layer.first, layer.end, layer.slots, layer.step, layer.later = first, end, slots, step, later
         if self.steady:
             return positions, mask
         if self.lengths is not None or self.take is not None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.kernels.attend import BLOCK, Scratch, Step, attend_packed, rotate
+from fms.kernels.attend import BLOCK, Scratch, Step, attend, attend_packed, rotate, serves_later
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
 
@@ -111,3 +111,20 @@ def test_a_thousand_runs_agree(kvheads: int, group: int) -> None:
     once = attend_packed(qkv, kvheads, 128, None, None, layer)
     for _ in range(1000):
         assert torch.equal(attend_packed(qkv, kvheads, 128, None, None, layer), once)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kvheads", "group", "d"), [(4, 1, 64), (2, 4, 128), (1, 48, 128), (2, 1, 200), (2, 3, 72)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_later_tokens_without_a_mask(kvheads: int, group: int, d: int, dtype: torch.dtype) -> None:
+    for before, s in ((130, 70), (1, 5), (2048, 300)):
+        q = torch.randn(2, s, group * kvheads, d, device="cuda", dtype=dtype)
+        k, v = (torch.randn(2, kvheads, before + s, d, device="cuda", dtype=dtype) for _ in "kv")
+        layer: Any = SimpleNamespace(later=True, update=lambda *new, k=k, v=v: (k, v))
+        assert serves_later(k)
+        got = attend(q, k[:, :, -s:].transpose(1, 2), v[:, :, -s:].transpose(1, 2), None, None, layer, 0.1)
+        seen = torch.ones(s, before + s, dtype=torch.bool, device="cuda").tril(before)
+        wide = [t.float().repeat_interleave(group, 1) for t in (k, v)]
+        want = F.scaled_dot_product_attention(q.float().transpose(1, 2), *wide, seen, scale=0.1)
+        torch.testing.assert_close(got.float(), want.transpose(1, 2).flatten(2), rtol=2e-2, atol=2e-2)
