@@ -46,7 +46,7 @@ class Communicator:
         self.group, self.name = group, group.group_name
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.sequence_parallel = sequence_parallel and self.size > 1
-        self.tokens: int | None = None
+        self.tokens: tuple[int, int] | None = None
         self.opened: dict[int, Tensor] = {}
         self.counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         # asked directly: the group's own call costs the host several times as much
@@ -81,9 +81,9 @@ class Communicator:
             return _Local.apply(parameter, self if partial else None)
         return parameter._local_tensor
 
-    def begin(self, tokens: int) -> None:
+    def begin(self, rows: int, tokens: int) -> None:
         shared = self.sequence_parallel and (tokens >= FEW or (torch.is_grad_enabled() and tokens > 1))
-        self.tokens = tokens if shared else None
+        self.tokens = (rows, tokens) if shared else None
 
     def enter(self, x: Tensor, split: Sequence[tuple[nn.Module, str]] = ()) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -125,6 +125,7 @@ class Communicator:
     def scatter(self, x: Tensor) -> Tensor:
         if self.tokens is None:
             return x
+        x = x.expand(*self.tokens, *x.shape[2:])  # positions may be those of all rows
         return _Scatter.apply(x, self, False) if _differentiable(x) else self.share(x, False)
 
     def collect(self, x: Tensor) -> Tensor:
@@ -177,24 +178,25 @@ class Communicator:
         """All ranks' x, of one shape, one after the other along the last dimension."""
         return self._gathered(x.movedim(-1, 0)).movedim(0, -1)
 
-    def whole(self, x: Tensor, tokens: int) -> Tensor:
-        """The `tokens` of each row, of which x (b, share, ...) has this rank's."""
-        return self._gathered(x.movedim(1, 0))[:tokens].movedim(0, 1)
+    def whole(self, x: Tensor, tokens: tuple[int, int]) -> Tensor:
+        """All `tokens` (b, s), of which x (1, share, ...) has this rank's: row after row, so that none are moved."""
+        rows, each = tokens
+        return self._gathered(x.flatten(0, 1))[: rows * each].unflatten(0, (rows, each))
 
     def share(self, x: Tensor, parts: bool) -> Tensor:
         """This rank's tokens of x (b, s, ...), which is the same on all ranks, or the sum of their `parts`."""
-        n = -(-x.shape[1] // self.size)
-        rows = x.movedim(1, 0)
-        rows = F.pad(rows, (0, 0) * (x.dim() - 1) + (0, n * self.size - len(rows)))
+        rows = x.flatten(0, 1)
+        n = -(-len(rows) // self.size)
+        rows = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, n * self.size - len(rows)))
         if not parts:
-            return rows.narrow(0, self.rank * n, n).movedim(0, 1)
+            return rows.narrow(0, self.rank * n, n)[None]
         rows = rows.contiguous()
         if torch.compiler.is_compiling():
-            return _ops.wait_tensor(_ops.reduce_scatter_tensor(rows, "sum", self.size, self.name)).movedim(0, 1)
+            return _ops.wait_tensor(_ops.reduce_scatter_tensor(rows, "sum", self.size, self.name))[None]
         self._count("reduce_scatter", rows)
         share = rows.new_empty(n, *rows.shape[1:])
         _reduce_scatter(share, rows, group=self.group)
-        return share.movedim(0, 1)
+        return share[None]
 
     def _gathered(self, rows: Tensor) -> Tensor:
         """All ranks' rows."""
@@ -275,7 +277,7 @@ class _Collect(torch.autograd.Function):
     """`parts`: what follows differs from rank to rank, so that gradients are parts of a sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Communicator, tokens: int, parts: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, comm: Communicator, tokens: tuple[int, int], parts: bool) -> Tensor:
         ctx.comm, ctx.parts = comm, parts
         return comm.whole(x, tokens)
 
@@ -287,7 +289,7 @@ class _Collect(torch.autograd.Function):
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator, parts: bool) -> Tensor:
-        ctx.comm, ctx.tokens = comm, x.shape[1]
+        ctx.comm, ctx.tokens = comm, (x.shape[0], x.shape[1])
         return comm.share(x, parts)
 
     @staticmethod

@@ -25,10 +25,10 @@ class Communicator(Protocol):
 
     rank: int
     size: int
-    tokens: int | None  # of a row, where ranks share them out between sub-layers: each holds some of every row
+    tokens: tuple[int, int] | None  # (b, s), where ranks share them out between sub-layers: each holds (1, share)
 
-    def begin(self, tokens: int) -> None:
-        """A forward of so many tokens a row begins."""
+    def begin(self, rows: int, tokens: int) -> None:
+        """A forward of so many rows of so many tokens begins."""
 
     def local(self, parameter: Any, partial: bool = False) -> Any:
         """The shard of a parameter; `partial` if its gradient here is only a part of the sum over ranks."""
@@ -41,7 +41,8 @@ class Communicator(Protocol):
         """The end of what was entered."""
 
     def leave(self, x: Tensor) -> Tensor:
-        """The sum over ranks of x (b, s, ...), of this rank's tokens; its gradient is the same for each."""
+        """The sum over ranks of x (b, s, ...), of this rank's tokens (1, share, ...) where ranks share them out; its
+        gradient is the same for each."""
 
     def leave_add(self, x: Tensor, residual: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
         """`residual + scale * (leave(x) + bias)`, without a gradient."""
@@ -297,7 +298,7 @@ def embedded(model: Any, input_ids: Tensor) -> Tensor:
     A model's first step: `model.comm` is told how many tokens there are.
     """
     if model.comm is not None:
-        model.comm.begin(input_ids.shape[1])
+        model.comm.begin(*input_ids.shape[:2])
     if not input_ids.is_floating_point():
         return model.embedding(input_ids)
     return input_ids if model.comm is None else model.comm.scatter(input_ids)

@@ -264,7 +264,7 @@ def dropped(mesh: Any, sequence_parallel: bool) -> list[Tensor]:
     """What dropout leaves of ones in a block and in the weights of attention, and the next random number."""
     model = random_model("roberta", mesh, sequence_parallel, p_dropout=0.5, attn_dropout=0.5)
     torch.manual_seed(0)
-    model.comm.begin(8)
+    model.comm.begin(1, 8)
     block, ones = model.layers[0], torch.ones(1, 8, 16)
     with model.comm.apart(ones.device):
         heads = torch.rand(3)
