@@ -29,7 +29,8 @@ def shard(
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     model = next(module for module in root.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
     for block in model.layers:
-        fully_shard(block, mesh=data, reshard_after_forward=reshard, mp_policy=precision)
+        again = reshard and block is not model.layers[-1]  # whose backward comes next
+        fully_shard(block, mesh=data, reshard_after_forward=again, mp_policy=precision)
     head = model.head
     if hasattr(head, "scaling") and head._parameters["weight"] is not model.embedding._parameters["weight"]:
         fully_shard(head, mesh=data, reshard_after_forward=False, mp_policy=precision)
