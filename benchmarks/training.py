@@ -199,7 +199,7 @@ def flops(shape: dict[str, Any], seq_len: int) -> float:
 
 
 def kernels(step: Callable[[], Any], steps: int = 3) -> dict[str, Any]:
-    """The kernels that take most of a step, and how long all of them take, of several steps behind one another."""
+    """The kernels that take most of a step, and how long each stream has some, of several steps behind one another."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -208,14 +208,15 @@ def kernels(step: Callable[[], Any], steps: int = 3) -> dict[str, Any]:
             step()
         wait()
     times: dict[str, float] = {}
-    for row in found.key_averages():
-        name = f"{row.key[:150]} x{row.count / steps:g}"
-        times[name] = times.get(name, 0) + row.self_device_time_total / 1e3 / steps
-    top = sorted(times, key=lambda name: -times[name])[:35]
-    return {
-        "all_kernels_ms": round(sum(times.values()), 2),
-        "kernels_ms": {name: round(times[name], 2) for name in top},
-    }
+    streams: dict[str, float] = {}
+    for event in found.events():
+        if event.device_time_total > 0:
+            ms = event.time_range.elapsed_us() / 1e3 / steps
+            for tally, name in ((times, event.name[:150]), (streams, str(event.device_resource_id))):
+                tally[name] = tally.get(name, 0) + ms
+    most = {name: round(times[name], 2) for name in sorted(times, key=lambda name: -times[name])[:35]}
+    busy = {name: round(ms, 2) for name, ms in streams.items()}
+    return {"all_kernels_ms": round(sum(times.values()), 2), "streams_ms": busy, "kernels_ms": most}
 
 
 def wait() -> None:
