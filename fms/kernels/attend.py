@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms.kernels.ops import define
 from fms.kernels.skinny import HALF, epsilon, machine, passes, power, start
 
 PARTS = 64  # the most that a row's keys are split into
@@ -271,9 +272,8 @@ def attend_step(
     return out
 
 
-attend_one = torch.library.custom_op("fms::attend_one", mutates_args=("k", "v", "counts", "parts"))(attend_step)
-
-
-@attend_one.register_fake
-def _(qkv, k, v, positions, counts, parts, cos, sin, q_norm, k_norm, scale, eps, capacity, splits):
+def _like_step(qkv, k, v, positions, counts, parts, cos, sin, q_norm, k_norm, scale, eps, capacity, splits):
     return qkv.new_empty(qkv.shape[0], 1, qkv.shape[-1] - 2 * k.shape[1] * k.shape[3])
+
+
+attend_one = define("attend_one", attend_step, _like_step, ("k", "v", "counts", "parts"))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fms.kernels.ops import define
 from fms.kernels.skinny import FUNCTIONS, HALF, Sizes, activation_kind, machine, power, start
 
 PAIRS = 64  # the most rows times experts a row: each pair reads an expert's weights, a product of many rows once
@@ -59,14 +60,13 @@ def reference(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, chosen: Tens
     return ((down[chosen] @ h[..., None]).squeeze(-1) * weights[..., None]).sum(1).type_as(x)
 
 
-@torch.library.custom_op("fms::few_through_experts", mutates_args=())
-def few_through_experts(
+def _few_through_experts(
     x: Tensor, up: Tensor, down: Tensor, weights: Tensor, chosen: Tensor, activation: int
 ) -> Tensor:
     run = reference if machine(x.device) is None else launch
     return run(x, up, down, weights, chosen, activation)
 
 
-@few_through_experts.register_fake
-def _(x, up, down, weights, chosen, activation):
-    return torch.empty_like(x)
+few_through_experts = define(
+    "few_through_experts", _few_through_experts, lambda x, up, down, weights, chosen, activation: torch.empty_like(x)
+)

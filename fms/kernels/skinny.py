@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms.kernels.ops import define
 from fms.kernels.weights import Weights
 
 ROWS = 32  # the most that the kernels take; from there on cuBLAS is as fast
@@ -280,8 +281,7 @@ def reference(
     return y if residual is None else torch.add(residual, y, alpha=scale)
 
 
-@torch.library.custom_op("fms::few_rows", mutates_args=())
-def few_rows(
+def _few_rows(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -298,6 +298,8 @@ def few_rows(
     return run(x, weight, bias, norm, norm_weight, norm_bias, eps, activation, gated, residual, scale)
 
 
-@few_rows.register_fake
-def _(x, weight, bias, norm, norm_weight, norm_bias, eps, activation, gated, residual, scale):
+def _like_rows(x, weight, bias, norm, norm_weight, norm_bias, eps, activation, gated, residual, scale):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // (1 + gated))
+
+
+few_rows = define("few_rows", _few_rows, _like_rows)

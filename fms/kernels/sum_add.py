@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fms.kernels.ops import define
 from fms.kernels.skinny import HALF, Sizes, machine, start
 
 BLOCK = 1024  # elements a program
@@ -81,11 +82,8 @@ def register_peers(group: str, peers: Peers) -> None:
     _peers[group] = peers
 
 
-@torch.library.custom_op("fms::sum_add", mutates_args=())
-def sum_add_of(y: Tensor, group: str, residual: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
+def _sum_add(y: Tensor, group: str, residual: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
     return sum_add(y, _peers[group], residual, scale, bias)
 
 
-@sum_add_of.register_fake
-def _(y, group, residual, scale, bias):
-    return torch.empty_like(y)
+sum_add_of = define("sum_add", _sum_add, lambda y, group, residual, scale, bias: torch.empty_like(y))

@@ -39,7 +39,8 @@ class Copies:
                 parameters[name] = p
 
     def changed(self) -> None:
-        """Say that parameters were written, for fused optimizers leave their versions as they are."""
+        """Say that parameters were written: fused optimizers leave their versions as they are, and so does what is read
+        into the shards of DTensors."""
         self.versions.clear()
 
     def add_up(self) -> None:

@@ -249,6 +249,8 @@ class Trainer:
             self.metrics.resume(0)
             return
         shared, own = load(path.expanduser(), self.root.model, self.optimizer)
+        if self.copies is not None:
+            self.copies.changed()
         self.step, self.tokens = shared["step"], shared["tokens"]
         self.metrics.resume(self.step)
         self.saved = self.step if asked == "auto" else -1

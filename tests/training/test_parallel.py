@@ -197,9 +197,9 @@ def test_one_process_goes_on_from_four(ranks: Ranks, tmp_path: Path) -> None:
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
 
 
-def low(world: Any, output: str, distributed: str = "none") -> None:
+def low(world: Any, output: str, distributed: str = "none", steps: int = 4) -> None:
     size = 2 if distributed == "fsdp" else 8
-    config = settings(output, steps=4, mixed_precision="bf16", batch_size=size, distributed=distributed)
+    config = settings(output, steps=steps, mixed_precision="bf16", batch_size=size, distributed=distributed)
     mesh = mesh_for(config, CPU) if world is not None else None
     place = data_place(mesh)
     torch.manual_seed(0)
@@ -218,6 +218,13 @@ def test_bf16_of_one_process_is_that_of_many(ranks: Ranks, distributed: str, tmp
     if distributed == "fsdp":
         assert many[0] == pytest.approx(one[0], rel=1e-6)  # the same products of the same copies
     assert many == pytest.approx(one, rel=1e-2)
+
+
+@pytest.mark.parametrize("distributed", ["fsdp", "tp"])
+def test_bf16_goes_on_with_what_was_read(ranks: Ranks, distributed: str, tmp_path: Path) -> None:
+    for output, steps in (("through", 4), ("stopped", 2), ("stopped", 4)):
+        ranks.run(4, low, str(tmp_path / output), distributed, steps)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "through")
 
 
 def refused(world: Any, **options: Any) -> str:
