@@ -32,7 +32,7 @@ def shard(
         again = reshard and block is not model.layers[-1]  # whose backward comes next
         fully_shard(block, mesh=data, reshard_after_forward=again, mp_policy=precision)
     head = model.head
-    own = head._parameters.get("weight")  # which LoRA's has not
-    if hasattr(head, "scaling") and own is not None and own is not model.embedding._parameters.get("weight"):
+    own = head._parameters.get("weight") if hasattr(head, "scaling") else None  # LoRA's has none
+    if own is not None and own is not model.embedding._parameters.get("weight"):
         fully_shard(head, mesh=data, reshard_after_forward=False, mp_policy=precision)
     return fully_shard(root, mesh=data, reshard_after_forward=reshard, mp_policy=precision)

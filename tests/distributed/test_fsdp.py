@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fms.distributed.fsdp import shard
 from fms.distributed.mesh import data_place, make_mesh
+from fms.models import get_model
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_tensor_parallel import random_model, some_ids
 
@@ -77,6 +78,22 @@ def test_four_steps_equal_one_process(ranks: Ranks, case: str, layout: str) -> N
         assert got == pytest.approx(want, rel=1e-7)
         for name, parameter in parameters.items():
             torch.testing.assert_close(ours[name], parameter, rtol=1e-7, atol=1e-7, msg=name)
+
+
+def without_a_head(world: Any | None) -> Tensor:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"src_vocab_size": 103, "emb_dim": 32, "nheads": 4, "nlayers": 2, "hidden_dim": 48}
+    model = get_model("roberta_embedding", "base", **shape).eval()
+    if world is not None:
+        shard(model, make_mesh("cpu"))
+    with torch.no_grad():
+        return model(some_ids(2, 9))
+
+
+def test_an_encoder_without_a_head(ranks: Ranks) -> None:
+    want = without_a_head(None)
+    for got in ranks.run(4, without_a_head):
+        torch.testing.assert_close(got, want)
 
 
 def sizes(world: Any) -> list[Any]:
