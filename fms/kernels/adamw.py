@@ -35,8 +35,9 @@ def adamw_(
     if not n:
         return
     tensors = p, gradient.contiguous(), mean, square, p if copy is None else copy, told
+    numbers = map(float, (lr, decay, *betas, eps))  # a kernel compiled for a whole one takes no other
 
     def sizes() -> Sizes:
         return (-(-n // BLOCK),), {"COPY": copy is not None, "BLOCK": BLOCK, "num_warps": 8}
 
-    start(kernel, (*tensors, n, lr, decay, *betas, eps), sizes, (n, copy is None))
+    start(kernel, (*tensors, n, *numbers), sizes, (n, copy is None))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fms.kernels import adamw
 from fms.training.copies import Copies
 from fms.training.optim import clip, make_optimizer, step_at_once, steps_at_once
 from tests.training.runs import settings, small_model, trainer
@@ -49,6 +50,18 @@ def check_steps(device: torch.device, most: float) -> None:
 @pytest.mark.parametrize("most", [0.0, 0.5])
 def test_a_step_is_that_of_adamw(interpreted: torch.device, most: float) -> None:
     check_steps(interpreted, most)
+
+
+def test_whole_numbers_are_given_as_others(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file of settings may have them: two groups of one size share what is compiled."""
+    given: list[Any] = []
+    monkeypatch.setattr(adamw, "start", lambda kernel, arguments, sizes, key: given.append(arguments))
+    model = nn.Linear(4, 4)
+    optimizer = make_optimizer(model, 1e-2, weight_decay=0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    step_at_once(optimizer, 0, {})
+    assert [{type(number) for number in arguments[7:]} for arguments in given] == [{float}, {float}]
 
 
 @pytest.mark.gpu
