@@ -38,8 +38,8 @@ class Communicator:
     are not too large, all else through the group's own backend. $FMS_COMMUNICATOR overrules it; the log tells.
 
     With `sequence_parallel` the ranks share out the tokens between sub-layers (Korthikanti et al. 2022, arXiv
-    2205.05198): `enter` gathers them, `leave` sums and scatters them again. A row of s tokens makes shares of
-    ceil(s / ranks), the last ones with padding, which is dropped where they are gathered.
+    2205.05198): `enter` gathers them, `leave` sums and scatters them again. The b * s tokens of all rows make
+    shares of ceil(b * s / ranks), the last ones with padding, which is dropped where they are gathered.
     """
 
     def __init__(self, group: dist.ProcessGroup, device_type: str = "cpu", sequence_parallel: bool = False):
