@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 def shard(
@@ -35,4 +35,13 @@ def shard(
     own = head._parameters.get("weight") if hasattr(head, "scaling") else None  # LoRA's has none
     if own is not None and own is not model.embedding._parameters.get("weight"):
         fully_shard(head, mesh=data, reshard_after_forward=False, mp_policy=precision)
-    return fully_shard(root, mesh=data, reshard_after_forward=reshard, mp_policy=precision)
+    fully_shard(root, mesh=data, reshard_after_forward=reshard, mp_policy=precision)
+    root.register_forward_hook(lambda root, given, made: None if torch.is_grad_enabled() else at_rest(root))
+    return root
+
+
+def at_rest(root: nn.Module) -> None:
+    """Share out again what is kept gathered for a backward that does not come: only shards are trained and saved."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

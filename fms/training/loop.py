@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from fms.distributed.fsdp import at_rest
 from fms.training.checkpoint import Checkpoints, load, random_state, restore_random
 from fms.training.config import TrainConfig
 from fms.training.copies import Copies
@@ -19,7 +20,7 @@ from fms.training.loss import IGNORED
 from fms.training.metrics import Metrics
 from fms.training.objective import Batch
 from fms.training.optim import clip, make_optimizer, make_schedule, step_at_once, steps_at_once
-from fms.training.parallel import at_rest, attention_kernels, last_of_step
+from fms.training.parallel import attention_kernels, last_of_step
 from fms.training.ranks import rank, summed, world
 from fms.training.signals import Stop
 
@@ -212,7 +213,6 @@ class Trainer:
                     there["labels"].fill_(IGNORED)
                 sums += torch.stack((self.root(there).double(), self.root.count(there).double()))
         self.root.train()
-        at_rest(self.root)
         loss, labels = summed(sums).tolist()
         if not labels:
             raise ValueError(f"{self.config.eval_path}: the held-out data has no label that counts")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fms.distributed.fsdp import shard
@@ -110,13 +110,6 @@ def last_of_step(root: Any, last: bool) -> None:
     if hasattr(root, "set_requires_all_reduce"):
         root.set_requires_all_reduce(last)
         root.set_is_last_backward(last)
-
-
-def at_rest(root: nn.Module) -> None:
-    """Share out again what FSDP keeps gathered for a backward that does not come: only shards are saved and trained."""
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def whole(model: nn.Module, keep: bool) -> None:

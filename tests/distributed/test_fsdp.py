@@ -109,3 +109,21 @@ def test_make_mesh(ranks: Ranks) -> None:
     got = ranks.run(4, sizes)
     assert [place[:3] for place in got] == [[(1, 2, 2), (rank // 2, 2), rank % 2] for rank in range(4)]
     assert all("tp=3 x shard=1 x replicate=1 is not the 4 ranks" in place[3] for place in got)
+
+
+def looked_at_first(world: Any, reshard: bool) -> list[str]:
+    """Parameters that a step does not change, of an optimizer made after a forward without a backward."""
+    root = shard(Loss(random_model("granite, biases", None, False)), make_mesh("cpu"), reshard=reshard)
+    ids = some_ids(1, 10)
+    with torch.no_grad():
+        root(ids)
+    optimizer = torch.optim.AdamW(root.parameters(), lr=1e-2)
+    before = {name: p.full_tensor().clone() for name, p in root.named_parameters()}
+    root(ids).backward()
+    optimizer.step()
+    return [name for name, p in root.named_parameters() if torch.equal(p.full_tensor(), before[name])]
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_a_look_before_the_optimizer_is_made(ranks: Ranks, reshard: bool) -> None:
+    assert ranks.run(4, looked_at_first, reshard) == [[]] * 4
