@@ -268,6 +268,16 @@ def test_a_run_that_is_ended_keeps_its_cells(capsys, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["cells.json"]
 
 
+def test_a_name_that_is_a_link_or_a_device(capsys, tmp_path):
+    file = tmp_path / "cells.json"
+    (tmp_path / "link.json").symlink_to(file)
+    quick = [*QUICK, "--skip_e2e_runs", "--skip_nokvcache_runs"]
+    run(capsys, *quick, "--json", str(tmp_path / "link.json"), "--csv", "/dev/null")
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads(file.read_text())["cells"]
+    assert not Path("/dev/null").is_file()
+
+
 def test_json_in_place_of_the_tables(capsys):
     code, out, _ = run(
         capsys, *QUICK, "--json", "-", "--skip_e2e_runs", "--skip_nokvcache_runs", "--skip_correctness_check"

@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     keep = lambda machine, cells: save(machine, cells, args) if first else None
     machine, cells = measure(args, Progress(first), keep)
     if first:
+        save(machine, cells, args, last=True)
         show(machine, cells, args)
     return 1 if any(cell.wrong for cell in cells) else 0
 
@@ -133,13 +134,18 @@ def texts(machine: dict[str, Any], cells: list["Cell"], args: argparse.Namespace
     return {args.json: json.dumps(report, indent=1) + "\n", args.csv: figures.csv_lines(cells)}
 
 
-def save(machine: dict[str, Any], cells: list["Cell"], args: argparse.Namespace) -> None:
-    """Write what there is so far: a run that is ended keeps its cells."""
+def save(machine: dict[str, Any], cells: list["Cell"], args: argparse.Namespace, last: bool = False) -> None:
+    """Write what there is so far, a run that is ended keeps its cells; to what is no file (a pipe) the `last` time."""
     for name, text in texts(machine, cells, args).items():
-        if name not in (None, "-"):
-            part = Path(f"{name}.part")
+        if name in (None, "-"):
+            continue
+        file = Path(name).resolve()
+        if file.is_file() or not file.exists():
+            part = file.with_name(f"{file.name}.part")
             part.write_text(text)
-            part.replace(name)
+            part.replace(file)
+        elif last:
+            file.write_text(text)
 
 
 def show(machine: dict[str, Any], cells: list["Cell"], args: argparse.Namespace) -> None:
