@@ -95,7 +95,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            _check(entry, getattr(self, entry.name))
+            _check(entry, value := getattr(self, entry.name))
+            if entry.type is float:
+                object.__setattr__(self, entry.name, float(value))
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len} must be at least 2")
         if self.zero not in (2, 3):

@@ -17,6 +17,7 @@ from fms.training import checkpoint
 from fms.training.checkpoint import Checkpoints
 from fms.training.config import TrainConfig, read_settings
 from fms.training.loop import NonFiniteError
+from fms.training.lora import add_lora
 from fms.training.metrics import flops_per_token, read_rows
 from fms.training.objective import LMLoss, Masking
 from fms.training.optim import make_optimizer, make_schedule
@@ -379,3 +380,17 @@ def test_a_stale_aside_is_removed(tmp_path: Path) -> None:
     (tmp_path / "step_00000003.writing").mkdir()
     Checkpoints(tmp_path).close()
     assert not list(tmp_path.glob("*.writing"))
+
+
+def test_lora_on_a_head_that_is_the_embedding() -> None:
+    with pytest.raises(ValueError, match="this model's head is its embedding"):
+        add_lora(small_model(tie_heads=True), 4, 8, ["query", "head"])
+
+
+def test_whole_numbers_become_others(tmp_path: Path) -> None:
+    assert [
+        type(value) for value in (settings(tmp_path, weight_decay=0).weight_decay, settings(tmp_path, lr=1).lr)
+    ] == [
+        float,
+        float,
+    ]
