@@ -8,7 +8,8 @@ from torch import nn
 
 
 class Copies:
-    """What a root computes with in place of its parameters; gradients come to the copies."""
+    """What a root computes with in place of its parameters; gradients come to the copies. Changes of a parameter in
+    place are seen, but for those of fused optimizers, of `p.data` and of a DTensor's shard: `changed` tells of them."""
 
     def __init__(self, root: nn.Module):
         self.places = [

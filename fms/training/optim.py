@@ -60,6 +60,8 @@ def make_schedule(
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """Of all of them together, wherever their parts are; in fp32 at least."""
+    if not gradients:
+        return torch.zeros(())
     groups: dict[Any, list[Tensor]] = {}
     for g in gradients:
         groups.setdefault((g.device_mesh, g.placements) if isinstance(g, DTensor) else None, []).append(local(g))
@@ -110,17 +112,21 @@ def step_at_once(optimizer: torch.optim.AdamW, most: float, copies: Mapping[nn.P
             if gradient is not None:
                 trained.append((p, gradient, group))
     norm = total_norm([gradient for _, gradient, _ in trained])
+    if not trained:
+        return norm
     finite = norm.isfinite().float()
     states = [optimizer.state[p] for p, _, _ in trained]
-    torch._foreach_add_([state["step"] for state in states], finite)
-    count, (beta1, beta2) = states[0]["step"].double(), trained[0][2]["betas"]
+    steps, (beta1, beta2) = [state["step"] for state in states], trained[0][2]["betas"]
+    torch._foreach_add_(steps, finite)
+    counts = torch.stack(steps).double()
     factor = _shrinking(norm, most) if most else torch.ones_like(norm)
-    told = torch.stack((factor, 1 - beta1**count, (1 - beta2**count).sqrt(), finite)).float()
-    for (p, gradient, group), state in zip(trained, states, strict=True):
+    told = (factor.expand_as(counts), 1 - beta1**counts, (1 - beta2**counts).sqrt(), finite.expand_as(counts))
+    rows = torch.stack(told, 1).float().unbind()
+    for (p, gradient, group), state, row in zip(trained, states, rows, strict=True):
         mean, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
         copy = local(copies[p]) if p in copies else None
         how = group["lr"], group["weight_decay"], group["betas"], group["eps"]
-        adamw_(local(p), local(gradient), mean, square, copy, told, *how)
+        adamw_(local(p), local(gradient), mean, square, copy, row, *how)
     for copy in copies.values():
         copy.grad = None
     return norm

@@ -82,3 +82,20 @@ def test_a_run_is_the_same_with_the_kernel(interpreted: Any, accumulate: int, tm
         assert run.fused
         run.run()
     assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+
+
+def test_a_parameter_that_comes_later(interpreted: Any) -> None:
+    """Its means are younger than the others', or there is none at all."""
+    pairs = [[nn.Parameter(torch.ones(5)) for _ in "ab"] for _ in "xy"]
+    ours, theirs = (make_optimizer(nn.ParameterList(pair), 1e-2) for pair in pairs)
+    assert step_at_once(ours, 1.0, {}) == 0
+    for n in range(4):
+        for pair in pairs:
+            for p in pair[n % 2 :]:
+                p.grad = torch.full((5,), 0.1 * (n + 1))
+        step_at_once(ours, 1.0, {})
+        clip(theirs, 1.0)
+        theirs.step()
+        for optimizer in (ours, theirs):
+            optimizer.zero_grad()
+    torch.testing.assert_close(pairs[0], pairs[1], rtol=1e-5, atol=1e-6)

@@ -20,7 +20,8 @@ def adamw(p, g, m, v, copy, told, n, lr, decay, beta1, beta2, eps, COPY: tl.cons
         mean += (1.0 - beta1) * (gradient - mean)
         square = beta2 * square + (1.0 - beta2) * gradient * gradient
         below = tl.sqrt_rn(square) / tl.load(told + 2) + eps
-        x = vector(p, at, inside) * (1.0 - lr * decay)
+        x = vector(p, at, inside)
+        x -= lr * decay * x
         x -= lr / tl.load(told + 1) * (mean / below)
         tl.store(p + at, x.to(p.dtype.element_ty), mask=inside)
         tl.store(m + at, mean.to(m.dtype.element_ty), mask=inside)
