@@ -1,4 +1,4 @@
-"""Sums over the GPUs of one machine by memory that each of them reads of the others."""
+"""Sums over the GPUs of one machine by memory that all of them address."""
 
 import socket
 from typing import Any

@@ -62,7 +62,8 @@ def serves_step(keys: Tensor) -> bool:
 def serves_later(keys: Tensor) -> bool:
     """Whether new tokens behind others, keys (b, kvheads, slots, head_dim) of both, need no mask to see what is before
     them: PyTorch's flash kernel, asked by name, takes the last query for that of the last key."""
-    return keys.is_cuda and keys.dtype in HALF and keys.shape[-1] % 8 == 0 and keys.shape[-1] <= 256
+    d = keys.shape[-1]
+    return keys.is_cuda and keys.dtype in HALF and d % 8 == 0 and d <= 256 and machine(keys.device) is not None
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:

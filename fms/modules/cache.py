@@ -81,7 +81,8 @@ class RowLengths:
 
 
 class StaticCache(RowLengths):
-    """Buffers allocated once for `batch` rows of at most `max_len` tokens. A token's slot is its position.
+    """Buffers allocated once for `batch` rows of at most `max_len` tokens. A token's slot is its position. On a GPU our
+    own kernel attends to them where `group` says how many query heads share a key head.
 
     Rows may hold different numbers of tokens: shorter inputs are padded on the right and `take` says by how much. What
     padding writes lies behind a row's own tokens, where it is never attended to and the row's next tokens overwrite it.
@@ -96,12 +97,12 @@ class StaticCache(RowLengths):
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        group: int = 1,
+        group: int | None = None,
     ):
         super().__init__(batch, max_len, torch.device(device))
         self.layers = [StaticLayer((batch, kvheads, max_len, head_dim), dtype, self.device) for _ in range(nlayers)]
         keys = self.layers[0].k
-        self.scratch = Scratch(keys, group) if serves_step(keys) else None
+        self.scratch = Scratch(keys, group) if group and serves_step(keys) else None
         self.later = serves_later(keys)
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:

@@ -50,14 +50,14 @@ class RollingCache(RowLengths):
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        group: int = 1,
+        group: int | None = None,
     ):
         super().__init__(batch, max_len, torch.device(device))
         self.window = window
         shape = (batch, kvheads, window + 1, head_dim)
         self.layers = [RollingLayer(shape, dtype, self.device) for _ in range(nlayers)]
         keys = self.layers[0].k.narrow(2, 0, window)
-        self.scratch = Scratch(keys, group) if serves_step(keys) else None
+        self.scratch = Scratch(keys, group) if group and serves_step(keys) else None
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
         first, window = self.max_len - n if self.steady else self.length, self.window
