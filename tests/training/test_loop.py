@@ -388,9 +388,5 @@ def test_lora_on_a_head_that_is_the_embedding() -> None:
 
 
 def test_whole_numbers_become_others(tmp_path: Path) -> None:
-    assert [
-        type(value) for value in (settings(tmp_path, weight_decay=0).weight_decay, settings(tmp_path, lr=1).lr)
-    ] == [
-        float,
-        float,
-    ]
+    config = settings(tmp_path, weight_decay=0, lr=1)
+    assert type(config.weight_decay) is type(config.lr) is float
