@@ -12,10 +12,11 @@ def add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str]) -> Any
     """Put matrices of this rank beside the linear layers called `targets`; only they are trained (Hu et al. 2021, arXiv
     2106.09685). Returns the model. Raises `ImportError` without peft, `ValueError` where no layer is called so, or the
     head is the embedding."""
-    if "head" in targets and getattr(model, "head", None) is not None:
-        own = model.head._parameters.get("weight")
-        if own is not None and own is model.embedding._parameters.get("weight"):
-            raise ValueError("lora_targets: this model's head is its embedding, which merging would change, too")
+    shared = model.embedding._parameters.get("weight")
+    for path, module in model.named_modules():
+        name = path.split(".")[-1]
+        if name in targets and isinstance(module, nn.Linear) and module._parameters.get("weight") is shared:
+            raise ValueError(f"lora_targets: {name}: this model's head is its embedding, which merging would change")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fms.models import get_model
 from fms.training import checkpoint
 from fms.training.checkpoint import Checkpoints
 from fms.training.config import TrainConfig, read_settings
@@ -52,8 +53,6 @@ def test_every_family_learns(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_encoders_learn_masked_words(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    from fms.models import get_model
-
     model = get_model(family, None, **(SHAPE | {"pad_id": 1}))
     config = settings(tmp_path, steps=10, objective="masked", architecture=family)
     trainer(config, model, prepare=Masking(4, 61, {1})).run()
@@ -385,6 +384,8 @@ def test_a_stale_aside_is_removed(tmp_path: Path) -> None:
 def test_lora_on_a_head_that_is_the_embedding() -> None:
     with pytest.raises(ValueError, match="this model's head is its embedding"):
         add_lora(small_model(tie_heads=True), 4, 8, ["query", "head"])
+    with pytest.raises(ValueError, match="out: this model's head is its embedding"):
+        add_lora(get_model("bert", None, **(SHAPE | {"pad_id": 1, "tie_heads": True})), 4, 8, ["out"])
 
 
 def test_whole_numbers_become_others(tmp_path: Path) -> None:
