@@ -346,6 +346,7 @@ def test_charts_of_memory(tmp_path):
         (["--seq_len", "8,x"], "'x' must be a whole number, at least 1"),
         (["--seq_len", "4000"], "more than the 1024 that this model was made for"),
         (["--json", "-", "--csv", "-"], "would both print"),
+        (["--csv", "/nowhere/cells.csv"], "/nowhere/cells.csv: there is no directory /nowhere"),
         (["--bandwidth", "0"], "must be positive"),
         (["--skip_kvcache_runs", "--skip_nokvcache_runs"], "nothing is left to measure"),
         (["--distributed"], "start with torchrun"),

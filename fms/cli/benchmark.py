@@ -109,6 +109,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--distributed needs several processes: start with torchrun")
     if args.json == args.csv == "-":
         raise ValueError("--json - and --csv - would both print: name a file for one of them")
+    for name in filter(None, (args.json, args.csv)):
+        if name != "-" and not (folder := Path(name).resolve().parent).is_dir():
+            raise ValueError(f"{name}: there is no directory {folder}")
     if args.bandwidth is not None and args.bandwidth <= 0:
         raise ValueError(f"--bandwidth {args.bandwidth} must be positive, in GB/s")
     if args.unfuse_weights and first:
