@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fms.kernels import sum_add as ours
 from fms.kernels.skinny import machine
-from fms.kernels.sum_add import BLOCK, SLOT, Peers, make_peers, register_peers, room, serves_sum, sum_add, sum_add_of
 
 DTYPES = (torch.bfloat16, torch.float32)  # the kernels know no other
 ONE_SHOT = 256 << 10  # bytes up to which each rank reads all of every other; beyond, a share of each, then the sums
@@ -28,16 +28,16 @@ class SymmetricMemory:
         self.name = group.group_name
         memory, _ = _shared(MOST, group, device)
         self.buffers = {dtype: memory.view(dtype) for dtype in DTYPES}
-        self.peers: Peers | None = None
+        self.peers: ours.Peers | None = None
         if machine(device) is not None:
             # kept here, as kernels know addresses only
-            self.room, addresses = _shared(room(dist.get_world_size(group)), group, device)
-            self.peers = make_peers(addresses, dist.get_rank(group), device)
-            register_peers(self.name, self.peers)
+            self.room, addresses = _shared(ours.room(dist.get_world_size(group)), group, device)
+            self.peers = ours.make_peers(addresses, dist.get_rank(group), device)
+            ours.register_peers(self.name, self.peers)
 
     def adds(self, x: Tensor) -> bool:
         """Whether our own kernel takes x, which alone can be compiled."""
-        return self.peers is not None and serves_sum(x)
+        return self.peers is not None and ours.serves_sum(x)
 
     def takes(self, x: Tensor) -> bool:
         return self.adds(x) or (x.dtype in self.buffers and x.nbytes <= MOST and x.nbytes % ALIGNED == 0)
@@ -46,9 +46,9 @@ class SymmetricMemory:
         """`residual + scale * (sum of all ranks' x + bias)`, or the sum alone; x, contiguous, may be overwritten."""
         if self.adds(x):
             if torch.compiler.is_compiling():
-                return sum_add_of(x, self.name, residual, scale, bias)
+                return ours.sum_add_of(x, self.name, residual, scale, bias)
             assert self.peers is not None
-            return sum_add(x, self.peers, residual, scale, bias)
+            return ours.sum_add(x, self.peers, residual, scale, bias)
         inside = self.buffers[x.dtype][: x.numel()].view(x.shape)
         inside.copy_(x)
         small = x.nbytes <= ONE_SHOT
@@ -66,14 +66,15 @@ class SymmetricMemory:
                 if not (self.sum(x) == size * (size + 1) // 2).all():
                     wrong.append(f"symmetric memory: a wrong sum of {nbytes} bytes of {dtype}")
         if self.peers is not None:
-            for n in (8, BLOCK + 8, SLOT):
+            for n in (8, ours.BLOCK + 8, ours.SLOT, ours.SLOT + 8, ours.turn(size) + ours.BLOCK):
                 x = torch.full((n,), rank + 1, dtype=torch.bfloat16, device=self.peers.bases.device)
-                if not (self.sum(x, x, 2.0) == rank + 1 + size * (size + 1)).all():
+                if not (self.sum(x, torch.ones_like(x), 2.0) == 1 + size * (size + 1)).all():
                     wrong.append(f"symmetric memory: a wrong sum of {n} numbers by our kernel")
         return wrong[0] if wrong else ""
 
     def __str__(self) -> str:
-        return f"symmetric memory (bf16 and fp32 of up to {MOST >> 20} MiB)"
+        halves = "" if self.peers is None else f"bf16 and fp16 of up to {ours.MOST >> 19} MiB, "
+        return f"symmetric memory ({halves}bf16 and fp32 of up to {MOST >> 20} MiB)"
 
 
 def set_up(group: dist.ProcessGroup, device_type: str) -> tuple[SymmetricMemory | None, str]:

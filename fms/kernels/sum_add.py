@@ -11,7 +11,10 @@ from fms.kernels.skinny import HALF, Sizes, machine, start
 BLOCK = 1024  # elements a program
 BLOCKS = 128  # programs of the largest sum
 ROWS = 256  # of a batch whose tokens are chosen together
-SLOT = BLOCK * BLOCKS  # elements
+SLOT = BLOCK * BLOCKS  # elements up to which each rank adds all of a sum; beyond, a share
+SHARED = 8192  # elements a program adds at once of a share
+TURN = 1 << 22  # about as many elements are added by shares before their memory is used again
+MOST = 1 << 25  # elements up to which it was measured to be faster than NCCL
 FLAGS = 3 * ROWS * 8  # where in the memory, behind what is said of tokens, the counts of meetings begin
 WAIT = 1 << 27  # looks for another rank, of about a microsecond each
 
@@ -31,8 +34,18 @@ def parts_at(size: int) -> int:
     return FLAGS + (BLOCKS + ROWS) * size * 8
 
 
-def room(size: int) -> int:
+def shares_at(size: int) -> int:
+    """Where parts of shares begin; behind them are the sums of shares."""
     return parts_at(size) + 3 * size * SLOT * 2
+
+
+def turn(size: int) -> int:
+    """Elements of a round of shares."""
+    return max(TURN // (BLOCKS * SHARED * size), 1) * BLOCKS * SHARED * size
+
+
+def room(size: int) -> int:
+    return shares_at(size) + 2 * turn(size) * 2
 
 
 def make_peers(addresses: list[int], rank: int, device: torch.device) -> Peers:
@@ -41,7 +54,7 @@ def make_peers(addresses: list[int], rank: int, device: torch.device) -> Peers:
 
 
 def serves_sum(y: Tensor) -> bool:
-    return y.dtype in HALF and 0 < y.numel() <= SLOT and y.shape[-1] % 8 == 0
+    return y.dtype in HALF and 0 < y.numel() <= MOST and y.shape[-1] % 8 == 0
 
 
 def sum_add(
@@ -49,21 +62,27 @@ def sum_add(
 ) -> Tensor:
     """`residual + scale * (sum of y over ranks + bias)`, the same bits on all ranks: y and residual (..., n), bias (n).
     NaN where another rank has not come for minutes."""
-    from fms.kernels.gpu.ranks import sum_add as kernel
+    from fms.kernels.gpu import ranks as kernels
 
     known = machine(y.device)
     assert known is not None
-    y, n, width = y.contiguous(), y.numel(), y.shape[-1]
+    y, n, width, size = y.contiguous(), y.numel(), y.shape[-1], peers.size
     out = torch.empty_like(y)
     tensors = y, y if residual is None else residual.contiguous(), y if bias is None else bias, out
+    whole = n <= SLOT
+    programs = -(-n // BLOCK) if whole else min(-(-n // (SHARED * size)), BLOCKS)
 
     def sizes() -> Sizes:
-        named = {"WIDTH": width, "BLOCK": BLOCK, "SLOT": SLOT, "PARTS": parts_at(peers.size), **meeting(peers)}
-        named |= {"EARLY": known.early}
-        named |= {"ADD": residual is not None, "BIAS": bias is not None, "num_warps": 4}
-        return (-(-n // BLOCK),), named
+        named = {"WIDTH": width, **meeting(peers), "EARLY": known.early, "ADD": residual is not None}
+        if whole:
+            named |= {"BLOCK": BLOCK, "SLOT": SLOT, "PARTS": parts_at(size), "num_warps": 4}
+        else:
+            sums = shares_at(size) + turn(size) * 2
+            named |= {"BLOCK": SHARED, "ROUND": turn(size), "PARTS": shares_at(size), "SUMS": sums, "num_warps": 16}
+        return (programs,), named | {"BIAS": bias is not None}
 
-    key = -(-n // BLOCK), width, peers.rank, peers.size, residual is None, bias is None
+    kernel = kernels.sum_add if whole else kernels.sum_add_shared
+    key = programs, width, peers.rank, size, residual is None, bias is None
     start(kernel, (*tensors, peers.bases, peers.times, n // 8, float(scale)), sizes, key)
     return out
 

@@ -3,6 +3,7 @@ have come before, on a GPU each rank has a stream of its own."""
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fms.kernels import next_token, sum_add
 from fms.kernels.next_token import make_rows
-from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, Peers, make_peers, parts_at, room
+from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, Peers, make_peers, parts_at, room, shares_at
 
 # Ranks that wait for each other must not share a queue of the device's, of which there are eight where nothing is said.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -38,7 +39,7 @@ def flags(memory: Tensor, size: int) -> Tensor:
 
 def part(memory: Tensor, size: int, time: int, rank: int) -> Tensor:
     """What this rank has written there, the `time`th time."""
-    return memory[parts_at(size) // 8 :].view(torch.half).view(3, size, SLOT)[time % 3, rank]
+    return memory[parts_at(size) // 8 : shares_at(size) // 8].view(torch.half).view(3, size, SLOT)[time % 3, rank]
 
 
 @pytest.mark.parametrize(("size", "rank", "time"), [(2, 0, 0), (2, 1, 5), (4, 2, 1)])
@@ -93,14 +94,15 @@ def test_a_choice_with_others_that_were_there_before(interpreted: torch.device, 
     assert flags(memory[0], 2)[BLOCKS, 1] == 1
 
 
-def in_turn(memory: list[Tensor], peers: list[Peers], work: Callable[[int], None], times: int) -> None:
-    """Each rank's kernels `times` times on a stream of its own, on one GPU; before, each alone as if the others had
-    been there. For to compile, to load a kernel and to find memory can all wait until the device is idle."""
+def in_turn(memory: list[Tensor], peers: list[Peers], work: Callable[[int], Any], times: int) -> list[list[Any]]:
+    """What each rank's kernels gave, `times` times on a stream of its own, on one GPU; before, each alone as if the
+    others had been there. For to compile, to load a kernel and to find memory can all wait until the device is idle."""
     streams = [torch.cuda.Stream() for _ in peers]
+    found: list[list[Any]] = [[] for _ in peers]
 
     def run(rank: int) -> None:
         with torch.cuda.stream(streams[rank]):
-            work(rank)
+            found[rank].append(work(rank))
 
     torch.cuda.synchronize()
     for rank in range(len(peers)):
@@ -109,6 +111,7 @@ def in_turn(memory: list[Tensor], peers: list[Peers], work: Callable[[int], None
         for _ in range(times):
             run(rank)
         torch.cuda.synchronize()
+        found[rank].clear()
     for one in (*memory, *(one.times for one in peers)):
         one.zero_()
     torch.cuda.synchronize()
@@ -116,6 +119,7 @@ def in_turn(memory: list[Tensor], peers: list[Peers], work: Callable[[int], None
         for rank in range(len(peers)):
             run(rank)
     torch.cuda.synchronize()
+    return found
 
 
 @pytest.mark.gpu
@@ -124,17 +128,16 @@ def in_turn(memory: list[Tensor], peers: list[Peers], work: Callable[[int], None
 def test_sums_on_a_gpu(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sum_add, "WAIT", 1 << 22)
     memory, peers = together(size, "cuda")
-    for shape, times in (((2, 1, 4096), 1000), ((1, 1, 40), 50), ((7, 1, 2056), 50)):
+    shapes = [((2, 1, 4096), 1000), ((1, 1, 40), 50), ((7, 1, 2056), 50), ((2, 65, 4096), 100)]
+    for shape, times in shapes + [((5, 1025, 1024), 20)] * (size == 2):  # programs of more would not all have room
         parts = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(size)]
         residual = torch.randn(*shape, device="cuda").to(dtype)
         want = wanted(parts, residual, 0.5, None)
-        found: list[list[Tensor]] = [[] for _ in range(size)]
 
-        def work(rank: int, parts: list[Tensor] = parts, residual: Tensor = residual, found: list = found) -> None:
-            found[rank].append(sum_add.sum_add(parts[rank], peers[rank], residual, 0.5))
+        def work(rank: int, parts: list[Tensor] = parts, residual: Tensor = residual) -> Tensor:
+            return sum_add.sum_add(parts[rank], peers[rank], residual, 0.5)
 
-        in_turn(memory, peers, work, times)
-        each = [torch.stack(one[times:]) for one in found]
+        each = [torch.stack(one) for one in in_turn(memory, peers, work, times)]
         torch.testing.assert_close(each[0][0], want, rtol=1e-2, atol=1e-2)
         assert all(torch.equal(one, each[0][:1].expand_as(one)) for one in each)
 

@@ -77,6 +77,66 @@ def sum_add(
     tl.store(times + block, time + 1)
 
 
+@triton.jit(do_not_specialize=["eighths"])
+def sum_add_shared(
+    y, residual, bias, out, bases, times, eighths, scale,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
+    FLAGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`sum_add` of more: of every RANKS blocks each rank adds one, and writes the sum to the others.
+
+    A program's place in the memory of the others is its own within a kernel, and two meetings a round say that it was
+    read; the next kernel begins when all programs of this one have ended.
+    """
+    KIND: tl.constexpr = y.dtype.element_ty
+    SHARE: tl.constexpr = ROUND // RANKS
+    program, step = tl.program_id(0), tl.num_programs(0) * BLOCK
+    early(EARLY)
+    n = eighths * 8
+    time = tl.load(times + program)
+    for begin in range(0, n, ROUND):
+        end = tl.multiple_of(tl.minimum(n - begin, ROUND), 8)
+        for i in range(program * BLOCK, tl.cdiv(end, RANKS), step):
+            place = tl.multiple_of(i, BLOCK) + tl.arange(0, BLOCK)
+            for r in tl.static_range(RANKS):
+                if r != RANK:
+                    at = place + i * (RANKS - 1) + r * BLOCK
+                    part = tl.load(y + begin + at, mask=at < end, other=0.0)
+                    tl.store(of_rank(bases, r, PARTS, KIND) + RANK * SHARE + place, part, mask=at < end)
+        came = meet(bases, program, time + 1, FLAGS, RANK, RANKS, WAIT)
+        for i in range(program * BLOCK, tl.cdiv(end, RANKS), step):
+            place = tl.multiple_of(i, BLOCK) + tl.arange(0, BLOCK)
+            at = place + i * (RANKS - 1) + RANK * BLOCK
+            inside = at < end
+            total = tl.zeros((BLOCK,), tl.float32)
+            for r in tl.static_range(RANKS):
+                if r == RANK:
+                    total += vector(y + begin, at, inside)
+                else:
+                    theirs = of_rank(bases, RANK, PARTS, KIND) + r * SHARE + place
+                    total += tl.load(theirs, mask=inside, other=0.0, volatile=True).to(tl.float32)
+            if BIAS:
+                total += vector(bias, (begin + at) % WIDTH, inside)
+            if ADD:
+                total = vector(residual + begin, at, inside) + scale * total
+            done = tl.where(came, total, float("nan")).to(KIND)
+            tl.store(out + begin + at, done, mask=inside)
+            for r in tl.static_range(RANKS):
+                if r != RANK:
+                    tl.store(of_rank(bases, r, SUMS, KIND) + at, done, mask=inside)
+        came = meet(bases, program, time + 2, FLAGS, RANK, RANKS, WAIT)
+        for i in range(program * BLOCK, tl.cdiv(end, RANKS), step):
+            place = tl.multiple_of(i, BLOCK) + tl.arange(0, BLOCK)
+            for r in tl.static_range(RANKS):
+                if r != RANK:
+                    at = place + i * (RANKS - 1) + r * BLOCK
+                    done = tl.load(of_rank(bases, RANK, SUMS, KIND) + at, mask=at < end, other=0.0, volatile=True)
+                    tl.store(out + begin + at, tl.where(came, done, float("nan")), mask=at < end)
+        time += 2
+    tl.store(times + program, time)
+
+
 @triton.jit
 def choice_of_ranks(
     bases, times, row, top, token,
