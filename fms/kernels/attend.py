@@ -240,6 +240,8 @@ def attend_step(
         out,
         head_dim if cos is not None and cos.shape[0] > 1 else 0,
         1 if positions.numel() > 1 else 0,
+        slots,
+        capacity,
         float(scale),
         float(eps),
     )
@@ -253,8 +255,6 @@ def attend_step(
             "D": head_dim,
             "HP": max(16, power(head_dim // 2)),
             "DP": max(16, power(head_dim)),
-            "SLOTS": slots,
-            "CAPACITY": capacity,
             "SPLITS": splits,
             "BLOCK": BLOCK,
             "GB": max(min(8192 // splits // power(head_dim), power(group)), 1),
@@ -268,7 +268,7 @@ def attend_step(
         kernels.attend,
         given,
         sizes,
-        (b, kvheads, group, head_dim, slots, capacity, splits, cos is None, q_norm is None),
+        (b, kvheads, group, head_dim, splits, cos is None, q_norm is None),
     )
     return out
 

@@ -75,12 +75,13 @@ def join(parts, out, used, G: tl.constexpr, GB: tl.constexpr, D: tl.constexpr, D
         tl.store(out + h[:, None] * D + d[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["angle_stride", "position_stride"])
+@triton.jit(do_not_specialize=["angle_stride", "position_stride", "slots", "capacity"])
 def attend(
-    qkv, k, v, cos, sin, positions, q_norm, k_norm, parts, counts, out, angle_stride, position_stride, scale, eps,
+    qkv, k, v, cos, sin, positions, q_norm, k_norm, parts, counts, out, angle_stride, position_stride, slots, capacity,
+    scale, eps,
     KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr,
-    SLOTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, GB: tl.constexpr,
-    ROPE: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, GB: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (G + GP - 1) // GP
     pair, tile, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
@@ -90,14 +91,14 @@ def attend(
     LEFT: tl.constexpr = G * (D + 2)  # of a part
     e, d = tl.arange(0, HP), tl.arange(0, DP)
     place = tl.load(positions + row * position_stride).to(tl.int32)
-    hole = place % CAPACITY
-    limit = tl.minimum(place, CAPACITY)
+    hole = place % capacity
+    limit = tl.minimum(place, capacity)
     used = tl.maximum(tl.minimum(SPLITS, tl.cdiv(limit, BLOCK)), 1)
     if split < used:
         size = tl.cdiv(limit, used)
         start, end = split * size, tl.minimum(split * size + size, limit)
-        k += pair.to(tl.int64) * SLOTS * D
-        v += pair.to(tl.int64) * SLOTS * D
+        k += pair.to(tl.int64) * slots * D
+        v += pair.to(tl.int64) * slots * D
         k1, k2, vs, seen = block(k, v, start + tl.arange(0, BLOCK), end, hole, e, d, HALF, D)
         early(EARLY)
         base = qkv + row * WIDTH
