@@ -13,6 +13,7 @@ from fms.kernels.skinny import HALF, epsilon, machine, passes, power, start
 
 PARTS = 64  # the most that a row's keys are split into
 BLOCK = 64  # keys that are read at once
+PLANNED = 2048  # tokens from which on cuDNN's attention is worth the tens of milliseconds it plans for each new length
 Angles = tuple[Tensor, Tensor]  # cos, sin: (b or 1, s, 1, head_dim); the first half of sin is negated
 Norms = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of query heads and of key heads
 
@@ -59,11 +60,13 @@ def serves_step(keys: Tensor) -> bool:
     return keys.is_cuda and keys.dtype in HALF and d % 2 == 0 and d <= 256 and machine(keys.device) is not None
 
 
-def serves_later(keys: Tensor) -> bool:
-    """Whether new tokens behind others, keys (b, kvheads, slots, head_dim) of both, need no mask to see what is before
-    them: PyTorch's flash kernel, asked by name, takes the last query for that of the last key."""
+def serves_flash(keys: Tensor) -> bool:
+    """Whether PyTorch's flash kernel is to be asked by name, of keys (b, kvheads, slots, head_dim). It takes the last
+    query for that of the last key, so that new tokens need no mask to see others before them."""
     d = keys.shape[-1]
-    return keys.is_cuda and keys.dtype in HALF and d % 8 == 0 and d <= 256 and machine(keys.device) is not None
+    allowed = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
+    there = keys.is_cuda and keys.dtype in HALF and machine(keys.device) is not None
+    return there and allowed and d % 8 == 0 and d <= 256
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
@@ -153,10 +156,12 @@ def _weigh(
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
         return out.reshape(b, 1, heads * d)
-    if mask is None and getattr(layer, "later", False):
-        if serves_later(k):
-            out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, True, scale=scale)[0]
-            return out.transpose(1, 2).flatten(2)
+    later = mask is None and getattr(layer, "later", False)
+    flash = mask is None and (later or s < PLANNED) and serves_flash(k)
+    if flash and not (torch.is_grad_enabled() and q.requires_grad):
+        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, scale=scale)[0]
+        return out.transpose(1, 2).flatten(2)
+    if later:
         mask = torch.ones(s, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - s)
     group = heads // k.shape[1]
     if group > 1 and mask is not None and q.is_cuda:  # no kernel of PyTorch's takes both: it would keep all scores

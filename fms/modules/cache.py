@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fms.kernels.attend import LayerCache, Scratch, Step, serves_later, serves_step
+from fms.kernels.attend import LayerCache, Scratch, Step, serves_flash, serves_step
 
 
 def visible(positions: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
@@ -103,7 +103,7 @@ class StaticCache(RowLengths):
         self.layers = [StaticLayer((batch, kvheads, max_len, head_dim), dtype, self.device) for _ in range(nlayers)]
         keys = self.layers[0].k
         self.scratch = Scratch(keys, group) if group and serves_step(keys) else None
-        self.later = serves_later(keys)
+        self.later = serves_flash(keys)
 
     def advance(self, n: int) -> tuple[Tensor, Tensor | None]:
         first, end = (0, self.max_len) if self.steady else (self.length, self.length + n)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.kernels.attend import BLOCK, Scratch, Step, attend, attend_packed, rotate, serves_later
+from fms.kernels.attend import BLOCK, Scratch, Step, attend, attend_packed, rotate, serves_flash
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
 
@@ -118,11 +118,11 @@ def test_a_thousand_runs_agree(kvheads: int, group: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_later_tokens_without_a_mask(kvheads: int, group: int, d: int, dtype: torch.dtype) -> None:
-    for before, s in ((130, 70), (1, 5), (2048, 300)):
+    for before, s in ((130, 70), (1, 5), (2048, 300), (0, 300)):
         q = torch.randn(2, s, group * kvheads, d, device="cuda", dtype=dtype)
         k, v = (torch.randn(2, kvheads, before + s, d, device="cuda", dtype=dtype) for _ in "kv")
         layer: Any = SimpleNamespace(later=True, update=lambda *new, k=k, v=v: (k, v))
-        assert serves_later(k)
+        assert serves_flash(k)
         got = attend(q, k[:, :, -s:].transpose(1, 2), v[:, :, -s:].transpose(1, 2), None, None, layer, 0.1)
         seen = torch.ones(s, before + s, dtype=torch.bool, device="cuda").tril(before)
         wide = [t.float().repeat_interleave(group, 1) for t in (k, v)]
