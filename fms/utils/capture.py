@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from fms.kernels.sum_add import ROWS
 from fms.modules.cache import StaticCache
 from fms.modules.rolling import RollingCache
 from fms.utils.sampling import Sampling, choose, share_of
+
+_ran: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()  # of a model, the kinds of step that have been captured
 
 
 class CapturedStep:
@@ -71,11 +74,13 @@ class CapturedStep:
             everywhere = torch.arange(self.cache.max_len, device=self.cache.device)[None]
             self.angles = torch.stack(self.model.rope(everywhere, self.cache.span))
         state = self.rows.lengths, self.rows.going, self.rows.fed
-        kept = [t.clone() for t in state]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.cache.device)
-        self._step()  # compiles kernels; what it writes to the cache, the first replay writes again
-        for kept_one, t in zip(kept, state, strict=True):
-            t.copy_(kept_one)
+        kinds = _ran.setdefault(self.model, set())
+        if (kind := self._kind()) not in kinds:
+            kept = [t.clone() for t in state]
+            self._step()  # compiles kernels; what it writes to the cache, the first replay writes again
+            for kept_one, t in zip(kept, state, strict=True):
+                t.copy_(kept_one)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # not torch.cuda.graph: that empties the allocator's store and collects garbage
             graph.capture_begin(capture_error_mode="thread_local")
@@ -85,6 +90,16 @@ class CapturedStep:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = graph
+        if getattr(self.model, "compiled", "none") == "none":  # else it may be compiled again
+            kinds.add(kind)
+
+    def _kind(self) -> Any:
+        """What decides which kernels a step is made of."""
+        keys, weight, scratch = self.cache.layers[0].k, self.model.embedding.weight, self.cache.scratch
+        length = keys.shape[2] if scratch is None else scratch.splits  # our kernel serves all lengths
+        angles = None if self.angles is None else self.angles.shape[1]
+        shape = keys.shape[:2], length, keys.shape[3], keys.dtype, weight.dtype, weight.device
+        return shape, self.how, self.rows.eos.shape, angles, self.peers is None
 
     def _step(self) -> None:
         rows, angles = self.rows, None
