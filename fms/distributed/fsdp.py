@@ -7,6 +7,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from fms.distributed.copying import install, pool_for
+
 
 def shard(
     root: Any,
@@ -22,11 +24,15 @@ def shard(
     belongs to it. A decoder's own head is gathered when it is called, and its gradient is on its way while blocks
     compute theirs. Where "replicate" has several ranks each replica is sharded by itself (HSDP). `reshard=False` keeps
     parameters gathered between forward and backward (ZeRO-2). `param_dtype` is what is computed in, `reduce_dtype` what
-    gradients are summed in. The model may be tensor parallel along "tp" already. Returns the root.
+    gradients are summed in. The model may be tensor parallel along "tp" already. GPUs of one machine gather and scatter
+    by copies where they can. Returns the root.
     """
     data = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+    group = mesh["shard"].get_group()
+    pool, _ = pool_for(group, mesh.device_type)
+    sent = reduce_dtype if pool is None else None  # parts are copied as they were computed, and summed in reduce_dtype
     # the angles of positions go into each block and stay fp32
-    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=sent, cast_forward_inputs=False)
     model = next(module for module in root.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
     for block in model.layers:
         again = reshard and block is not model.layers[-1]  # whose backward comes next
@@ -36,6 +42,8 @@ def shard(
     if own is not None and own is not model.embedding._parameters.get("weight"):
         fully_shard(head, mesh=data, reshard_after_forward=False, mp_policy=precision)
     fully_shard(root, mesh=data, reshard_after_forward=reshard, mp_policy=precision)
+    if pool is not None:
+        install(root, pool, group, reduce_dtype)
     root.register_forward_hook(lambda root, given, made: None if torch.is_grad_enabled() else at_rest(root))
     return root
 

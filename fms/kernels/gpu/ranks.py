@@ -138,6 +138,20 @@ def sum_add_shared(
 
 
 @triton.jit
+def sum_parts(own, others, out, n, scale, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The parts of several ranks, this one's and (RANKS - 1, n) of the others, added in their order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    total = tl.zeros((BLOCK,), tl.float32)
+    for r in tl.static_range(RANKS):
+        if r == RANK:
+            total += vector(own, at, inside)
+        else:
+            total += vector(others, at + (r - (r > RANK)) * tl.cast(n, tl.int64), inside)
+    tl.store(out + at, (total * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def choice_of_ranks(
     bases, times, row, top, token,
     B: tl.constexpr, FLAGS: tl.constexpr, FLAG: tl.constexpr, RANK: tl.constexpr,
