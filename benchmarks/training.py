@@ -10,6 +10,7 @@
 import argparse
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -199,7 +200,8 @@ def flops(shape: dict[str, Any], seq_len: int) -> float:
 
 
 def kernels(step: Callable[[], Any], steps: int = 3) -> dict[str, Any]:
-    """The kernels that take most of a step, and how long each stream has some, of several steps behind one another."""
+    """The kernels that take most of a step, how long each stream has some, and where the busiest has none, of several
+    steps behind one another."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -209,14 +211,22 @@ def kernels(step: Callable[[], Any], steps: int = 3) -> dict[str, Any]:
         wait()
     times: dict[str, float] = {}
     streams: dict[str, float] = {}
-    for event in found.events():
-        if event.device_time_total > 0:
-            ms = event.time_range.elapsed_us() / 1e3 / steps
-            for tally, name in ((times, event.name[:150]), (streams, str(event.device_resource_id))):
-                tally[name] = tally.get(name, 0) + ms
+    events = sorted((e for e in found.events() if e.device_time_total > 0), key=lambda e: e.time_range.start)
+    for event in events:
+        ms = event.time_range.elapsed_us() / 1e3 / steps
+        for tally, name in ((times, event.name[:150]), (streams, str(event.device_resource_id))):
+            tally[name] = tally.get(name, 0) + ms
+    waits: dict[str, float] = {}
+    busiest = [e for e in events if str(e.device_resource_id) == max(streams, key=lambda name: streams[name])]
+    for one, following in itertools.pairwise(busiest):
+        gap = (following.time_range.start - one.time_range.end) / 1e3 / steps
+        name = f"{following.name[:70]} behind {one.name[:70]}"
+        waits[name] = waits.get(name, 0) + max(gap, 0)
     most = {name: round(times[name], 2) for name in sorted(times, key=lambda name: -times[name])[:35]}
     busy = {name: round(ms, 2) for name, ms in streams.items()}
-    return {"all_kernels_ms": round(sum(times.values()), 2), "streams_ms": busy, "kernels_ms": most}
+    longest = {name: round(waits[name], 2) for name in sorted(waits, key=lambda name: -waits[name])[:12]}
+    every = round(sum(times.values()), 2)
+    return {"all_kernels_ms": every, "streams_ms": busy, "waits_ms": longest, "kernels_ms": most}
 
 
 def wait() -> None:
