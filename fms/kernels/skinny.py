@@ -1,7 +1,8 @@
 """A linear layer of few rows and what is around it: whether the kernels serve it, which of their forms, the launch."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -223,7 +224,10 @@ def start(kernel: Any, given: tuple[Any, ...], sizes: Callable[[], Sizes], key: 
     if device.index is not None and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return start(kernel, given, sizes, key)
-    key = kernel, key, device, *[(t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+    addresses = [t.data_ptr() for t in tensors]
+    odd = reduce(or_, addresses) % 16 and [address % 16 == 0 for address in addresses]
+    # by its id: to take Triton's own hash of a kernel takes longer than all of this
+    key = id(kernel), key, device, *[t.dtype for t in tensors], *(odd or ())
     found = _started.get(key)
     if found is not None:
         run, constants = found
