@@ -119,6 +119,12 @@ class Communicator:
     def backend(self) -> str:
         return self._backend.name()  # a group may have one for each kind of device
 
+    @property
+    def through_backend(self) -> int:
+        """How many collectives went through the backend. Compiled ones are not counted."""
+        every = sum(n for name, (n, _) in self.counts.items() if not name.endswith(" by symm_mem"))
+        return every - self.counts["all_reduce by symm_mem"][0]
+
     def same(self, x: Tensor) -> Tensor:
         return _Same.apply(x, self) if _differentiable(x) else x
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fms.utils.capture import CapturedStep
+from fms.utils.capture import CapturedStep, forget
 from fms.utils.devices import is_out_of_memory
 from fms.utils.generation import PREFILL_CHUNK, Run, generate
 from fms.utils.measure import peak, reset_peak, step_bytes, synchronise, trace
@@ -121,6 +121,7 @@ class Bench:
     def cell(self, mode: Mode, task: str, cached: bool, profile: Path | None = None) -> Cell:
         """Warm up, check, measure; with `profile`, a trace of one run more in that directory. A cell without memory
         or without a way to run says so in its note."""
+        forget(self.model)  # or a cell would hold the cache of the one before
         empty = Cell(mode.name, task, cached, self.batch, self.length, self.new)
         if mode.captured and self.device.type != "cuda":
             return replace(empty, note="needs a GPU")

@@ -14,6 +14,7 @@ from fms.modules.rolling import RollingCache
 from fms.utils.sampling import Sampling, choose, share_of
 
 _ran: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()  # of a model, the kinds of step that have been captured
+KEPT = 1 << 30  # bytes: the largest cache that is kept with its step
 
 
 class CapturedStep:
@@ -32,16 +33,17 @@ class CapturedStep:
     ):
         if how is not None and how.repetition_penalty != 1:
             raise ValueError("a repetition penalty is not part of the captured step")
-        self.model, self.cache, self.how = model, cache, how or Sampling()
+        self.model, self.cache, self.how, self.eos = model, cache, how or Sampling(), sorted(eos)
         self.share = share_of(model.head)
         self.peers = None
         if self.share is not None and cache.batch <= ROWS:
             everywhere = model.config.src_vocab_size > self.share.size * (self.share.comm.size - 1)
             self.peers = self.share.comm.peers if everywhere else None  # else a rank has no logits
-        self.rows = make_rows(cache.batch, sorted(eos), cache.device)
+        self.rows = make_rows(cache.batch, self.eos, cache.device)
         self.numbers = torch.arange(cache.batch, device=cache.device)
         self.angles: Tensor | None = None  # (2, b or 1, max_len, 1, head_dim): cos and sin of all positions
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.lasts = True  # no collective of NCCL's is in it, which waits at its end for all graphs that it is in
 
     @property
     def tokens(self) -> Tensor:
@@ -59,6 +61,8 @@ class CapturedStep:
         stop(rows)
         if self.graph is None:
             self._capture()
+        elif self.angles is not None and self.cache.span is not self.span:
+            self.angles.copy_(self._all_angles())
 
     def replay(self) -> None:
         """Choose one more token a row: `tokens` once the device has come so far."""
@@ -70,9 +74,8 @@ class CapturedStep:
         self.cache.hold(lengths)
 
     def _capture(self) -> None:
-        if self.model.rope:
-            everywhere = torch.arange(self.cache.max_len, device=self.cache.device)[None]
-            self.angles = torch.stack(self.model.rope(everywhere, self.cache.span))
+        self.angles = self._all_angles() if self.model.rope else None
+        self.made_of = _made_of(self.model)
         state = self.rows.lengths, self.rows.going, self.rows.fed
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.cache.device)
         kinds = _ran.setdefault(self.model, set())
@@ -81,6 +84,8 @@ class CapturedStep:
             self._step()  # compiles kernels; what it writes to the cache, the first replay writes again
             for kept_one, t in zip(kept, state, strict=True):
                 t.copy_(kept_one)
+        comm, compiled = self.model.comm, getattr(self.model, "compiled", "none") != "none"
+        before = 0 if comm is None else comm.through_backend
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # not torch.cuda.graph: that empties the allocator's store and collects garbage
             graph.capture_begin(capture_error_mode="thread_local")
@@ -90,8 +95,14 @@ class CapturedStep:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = graph
-        if getattr(self.model, "compiled", "none") == "none":  # else it may be compiled again
+        self.lasts = comm is None or (not compiled and comm.through_backend == before)
+        if not compiled:  # else it may be compiled again
             kinds.add(kind)
+
+    def _all_angles(self) -> Tensor:
+        self.span = self.cache.span
+        everywhere = torch.arange(self.cache.max_len, device=self.cache.device)[None]
+        return torch.stack(self.model.rope(everywhere, self.cache.span))
 
     def _kind(self) -> Any:
         """What decides which kernels a step is made of."""
@@ -111,3 +122,37 @@ class CapturedStep:
         if self.how.greedy and (self.share is None or self.peers is not None):
             return choose_greedily(logits, rows, self.peers, 0 if self.share is None else self.share.first)
         move_on(*choose(logits, self.how, self.numbers, rows.lengths[:, 0] + 1, self.share), rows)
+
+
+_kept: WeakKeyDictionary[Any, CapturedStep] = WeakKeyDictionary()
+
+
+def keep(step: CapturedStep) -> None:
+    """Let the model's next generation have a step, if its cache is not too large to lie there until then."""
+    layers = step.cache.layers
+    if step.lasts and isinstance(step.cache, StaticCache) and len(layers) * 2 * layers[0].k.nbytes <= KEPT:
+        _kept[step.model] = step
+        step.model = None  # or neither would ever be freed
+
+
+def kept(model: Any, rows: int, length: int, how: Sampling, eos: Collection[int]) -> CapturedStep | None:
+    """The step that was kept, its cache empty, if it serves `rows` of at most `length` tokens; else it is forgotten."""
+    step = _kept.pop(model, None)
+    if step is None or step.cache.batch != rows or step.cache.max_len < length:
+        return None
+    if (step.how, step.eos, step.made_of) != (how, sorted(eos), _made_of(model)):
+        return None
+    step.model = model
+    step.cache.hold([0] * rows)
+    return step
+
+
+def forget(model: Any) -> None:
+    """Give up what the model's last generation has kept."""
+    _kept.pop(model, None)
+
+
+def _made_of(model: Any) -> list[Any]:
+    """What a graph of the model reads, and how it was made."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [getattr(model, "compiled", "none"), *[t.data_ptr() for t in tensors]]

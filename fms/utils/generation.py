@@ -13,9 +13,9 @@ from torch import Tensor
 from fms.modules.cache import StaticCache
 from fms.modules.frozen import Frozen
 from fms.modules.rolling import RollingCache
-from fms.utils.capture import CapturedStep
+from fms.utils.capture import CapturedStep, keep, kept
 from fms.utils.prompts import check_ids, encode_prompt, rows_of
-from fms.utils.sampling import choose, ends_of, penalise, sampling_of, share_of
+from fms.utils.sampling import choose, ends_of, penalise, sampling_of, seen_of, share_of
 from fms.utils.tokenizers import BaseTokenizer
 
 PREFILL_CHUNK = 2048  # tokens a row that go through the model at once
@@ -77,8 +77,9 @@ def generate(
     continued: `input_ids` are what it has not seen yet, the last token that came out included. `use_cache=False`
     computes everything anew for each token.
 
-    On a GPU the decode step of a frozen model is captured as a CUDA graph where that can be done and is worth it;
-    `capture=False` launches each kernel by itself, `capture=True` raises `ValueError` where it can't be done.
+    On a GPU the decode step of a frozen model is captured as a CUDA graph where that can be done and is worth it; the
+    model's next call has it, with its cache of up to a GiB, if it fits. `capture=False` launches each kernel by itself,
+    `capture=True` raises `ValueError` where it can't be done.
     `compile` ("none", "blocks", "max") compiles the model first, as `get_model(compile=...)` does; it stays so.
 
     `timing="per-token"` or `"e2e"` makes it (result, list of seconds). Hooks run around each step:
@@ -220,15 +221,19 @@ class Run:
         self.max_new_tokens = max(self.room) if cache is None else min(max(self.room), cache.max_len - longest)
         self.span = torch.tensor([[f + n] for f, n in zip(self.first, self.room, strict=True)], device=self.device)
         self.continued = cache is not None  # by whoever gave it
+        worth = capture or (capture is None and self.max_new_tokens >= WORTH_CAPTURING)
+        self.step: CapturedStep | None = None
         if cache is None and use_cache:
             end = longest + self.max_new_tokens
-            cache = model.make_cache(len(prompts), min(end, limit), slack=max(end - limit, 0))
+            self.step = kept(model, len(prompts), end, self.how, self.eos) if worth else None
+            room = min(end, limit), max(end - limit, 0)
+            cache = self.step.cache if self.step else model.make_cache(len(prompts), *room)
             cache.span = self.span
         self.cache = cache
         obstacle = self._obstacle()
         if capture and obstacle:
             raise ValueError(f"capture=True: the decode step can't be captured {obstacle}")
-        self.capture = not obstacle and (capture or (capture is None and self.max_new_tokens >= WORTH_CAPTURING))
+        self.capture = not obstacle and worth
 
     def _obstacle(self) -> str:
         """Why the decode step can't be captured."""
@@ -286,12 +291,13 @@ class Run:
         """Of each step the new tokens, and whether their logits were fit for use. Looks at `ended` in between."""
         rows = torch.arange(len(self.prompts), device=self.device)
         start = torch.tensor(self.first, device=self.device)
-        seen = self._seen()
+        penalty = self.how.repetition_penalty
+        seen = seen_of(self.prompts, self.model.config.src_vocab_size) if penalty != 1 else None
         logits, kwargs = self._prefill()
         for i in range(self.max_new_tokens):
             if seen is not None:
                 ours = seen if self.share is None else seen[:, self.share.first :][:, : logits.shape[-1]]
-                logits = penalise(logits, ours, self.how.repetition_penalty)
+                logits = penalise(logits, ours, penalty)
             tokens, fit = choose(logits, self.how, rows, start + i, self.share)
             if self.after is not None:
                 changed, kwargs = self.after(max(self.lengths) + i, logits, tokens[:, None], kwargs)
@@ -310,7 +316,8 @@ class Run:
 
     def _captured(self, tokens: Tensor) -> Iterator[tuple[list[int], list[bool]]]:
         """What `_tokens` gives, from the second token on: the device runs ahead, the host reads late."""
-        step = CapturedStep(self.model, self.cache, self.how, self.eos)
+        step = self.step or CapturedStep(self.model, self.cache, self.how, self.eos)
+        fit = True
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         left = self.max_new_tokens - 1
         try:
@@ -326,24 +333,19 @@ class Run:
                 host, there = coming.popleft()
                 there.synchronize()
                 new = host.tolist()
+                fit = min(new) >= 0
                 yield new, [token >= 0 for token in new]
         finally:
             step.finish([first + given - 1 for first, given in zip(self.first, self.given, strict=True)])
+            if fit and not self.continued:
+                self.step = self.cache = None
+                keep(step)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of a row's new tokens, without the token or the string that ended it."""
         assert self.tokenizer is not None
         text = self.tokenizer.decode([token for token in tokens if token not in self.eos])
         return text[: min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=len(text))]
-
-    def _seen(self) -> Tensor | None:
-        """Which tokens each row has had, (b, vocabulary), where a penalty needs it."""
-        if self.how.repetition_penalty == 1:
-            return None
-        seen = torch.zeros(len(self.prompts), self.model.config.src_vocab_size, dtype=torch.bool, device=self.device)
-        for row, prompt in zip(seen, self.prompts, strict=True):
-            row[prompt] = True
-        return seen
 
     def _prefill(self) -> tuple[Tensor, dict[str, Any]]:
         """Logits (b, vocabulary) behind each row's last token; shorter rows are padded on the right."""

@@ -143,6 +143,14 @@ def _winners(scores: Tensor, ids: Tensor, share: Share | None) -> tuple[Tensor, 
     return pairs[..., 0].gather(-1, rank), pairs[..., 1].gather(-1, rank).long()
 
 
+def seen_of(prompts: Sequence[Tensor], vocabulary: int) -> Tensor:
+    """Which tokens each row of `prompts` (1-D) has, (b, vocabulary)."""
+    seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=prompts[0].device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
+    return seen
+
+
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits with those of `seen` tokens (b, vocabulary; bool) made less likely."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

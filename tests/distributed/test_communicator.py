@@ -129,6 +129,9 @@ def left_and_added(mesh: Any) -> list[Tensor]:
         x, residual = torch.full((1, 2, n), comm.rank + 1.0), torch.arange(2.0 * n).view(1, 2, n)
         found += [comm.leave_add(x.clone(), residual, 0.5), comm.leave_add(x, residual, 2.0, torch.ones(n))]
     assert comm.counts["all_reduce by symm_mem"][0] == comm.counts["all_reduce"][0] == 4
+    assert comm.through_backend == 0
+    comm.gather(residual)
+    assert comm.through_backend == 1
     return found
 
 

@@ -1,12 +1,17 @@
 """The captured decode step gives what plain steps give: tokens, what ends a row, caches, streams, errors."""
 
+import gc
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fms.models import Decoder, freeze, get_model
-from fms.utils.capture import CapturedStep
+from fms.utils import capture as capturing
+from fms.utils import generation
+from fms.utils.capture import CapturedStep, forget, keep, kept
 from fms.utils.generation import Run, generate, stream
 from fms.utils.sampling import Sampling
 from fms.utils.tokenizers import get_tokenizer
@@ -202,3 +207,155 @@ def test_what_stands_in_the_way_is_named() -> None:
             generate(model, [[1, 2]], max_new_tokens=20, capture=True, **options)
         generate(model, [[1, 2]], max_new_tokens=20, **options)
         freeze(model)
+
+
+class Played(CapturedStep):
+    """Without a graph, on a CPU."""
+
+    def _capture(self) -> None:
+        self.angles, self.made_of = self._all_angles() if self.model.rope else None, capturing._made_of(self.model)
+        self.graph = SimpleNamespace(replay=self._step)  # type: ignore[assignment]
+
+
+def played(model: Decoder, step: CapturedStep, ids: torch.Tensor, new: int) -> list[list[int]]:
+    tokens = []
+    with torch.inference_mode():
+        step.cache.span = torch.full((len(ids), 1), ids.shape[1] + new)
+        model.hidden(ids[:, :-1], cache=step.cache)
+        step.begin(ids[:, -1], [ids.shape[1] + new] * len(ids))
+        for _ in range(new):
+            step.replay()
+            tokens.append(step.tokens.clone())
+        step.finish([ids.shape[1] + new - 1] * len(ids))
+    return torch.stack(tokens, 1).tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_bigcode", "dynamic"])
+def test_a_step_serves_the_next_generation(name: str) -> None:
+    model = freeze(MODELS[name]())
+    step: CapturedStep | None = Played(model, model.make_cache(2, 20))
+    for width, new in ((9, 11), (4, 9), (12, 3)):
+        ids = torch.randint(24, (2, width))
+        want = generate(model, ids, max_new_tokens=new, eos_token_id=())[:, width:].tolist()
+        assert step is not None
+        assert played(model, step, ids, new) == want
+        keep(step)
+        assert step.model is None
+        again = kept(model, 2, 20, Sampling(), ())
+        assert again is step
+        assert again.cache.held() == [0, 0]
+        step = again
+
+
+def test_what_a_step_does_not_serve() -> None:
+    model = freeze(small_model())
+
+    def made(eos: Any = (3, 5)) -> CapturedStep:
+        step = Played(model, model.make_cache(2, 20), Sampling(do_sample=True, seed=1), eos)
+        played(model, step, torch.randint(24, (2, 4)), 2)
+        return step
+
+    def found(rows: int = 2, length: int = 20, how: Sampling | None = None, eos: Any = (5, 3)) -> bool:
+        return kept(model, rows, length, how or Sampling(do_sample=True, seed=1), eos) is not None
+
+    for asked, serves in (
+        ({}, True),
+        ({"length": 7}, True),
+        ({"rows": 1}, False),
+        ({"length": 21}, False),
+        ({"how": Sampling()}, False),
+        ({"eos": (3,)}, False),
+    ):
+        keep(made())
+        assert found(**asked) == serves  # type: ignore[arg-type]
+        assert not found()  # taken, or forgotten
+    keep(made())
+    forget(model)
+    assert not found()
+    keep(made())
+    model.embedding.weight.data = model.embedding.weight.data.clone()
+    assert not found()
+    step = made()
+    model.compiled = "blocks"  # type: ignore[assignment]
+    keep(step)
+    assert not found()
+
+
+def test_what_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = freeze(small_model())
+    step = Played(model, model.make_cache(2, 20))
+    played(model, step, torch.randint(24, (2, 4)), 2)
+    monkeypatch.setattr(capturing, "KEPT", sum(t.nbytes for layer in step.cache.layers for t in (layer.k, layer.v)) - 1)
+    keep(step)
+    assert kept(model, 2, 20, Sampling(), ()) is None
+    monkeypatch.setattr(capturing, "KEPT", capturing.KEPT + 1)
+    step.lasts = False
+    keep(step)
+    assert kept(model, 2, 20, Sampling(), ()) is None
+    step.lasts = True
+    keep(step)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None, "a step keeps its model alive"
+
+
+def one_after_the_other(model: Decoder) -> None:
+    graphs = []
+    for prompts in (PROMPTS, PROMPTS[1:2] + PROMPTS[1:], [[7] * 20] * 4, [[1, 2, 3]] * 4):
+        for ends in ((), (7, 12)):
+            want = rows_of(generate(model, prompts, max_new_tokens=20, capture=False, eos_token_id=ends))
+            assert rows_of(generate(model, prompts, max_new_tokens=20, capture=True, eos_token_id=ends)) == want
+            if not ends:
+                graphs.append(capturing._kept[model].graph)
+            assert rows_of(generate(model, prompts, max_new_tokens=20, capture=True, eos_token_id=ends)) == want
+    assert graphs[0] is not graphs[1]  # of other ends in between
+    for prompts in (PROMPTS, [[1, 2, 3]] * 4):
+        generate(model, prompts, max_new_tokens=20, capture=True, eos_token_id=())
+        graphs.append(capturing._kept[model].graph)
+    assert graphs[-1] is graphs[-2]
+    cache = model.make_cache(4, 40)
+    generate(model, PROMPTS, max_new_tokens=20, capture=True, eos_token_id=(), cache=cache)
+    assert capturing._kept[model].graph is graphs[-1], "a cache that was given is not kept"
+    model.layers[0].ln.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        generate(model, PROMPTS, max_new_tokens=20, capture=True, eos_token_id=())
+    assert model not in capturing._kept
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_generations_one_after_the_other(dtype: torch.dtype) -> None:
+    one_after_the_other(on_gpu("llama", dtype))
+
+
+class OnCpu:
+    """`torch`, but for what takes a GPU."""
+
+    cuda = SimpleNamespace(Event=lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *sizes: int, pin_memory: bool, **how: Any) -> torch.Tensor:
+        return torch.empty(*sizes, **how)
+
+
+def test_generations_one_after_the_other_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "CapturedStep", Played)
+    monkeypatch.setattr(generation, "torch", OnCpu())
+    monkeypatch.setattr(Run, "_obstacle", lambda self: "")
+    one_after_the_other(freeze(small_model()))
+    model = freeze(small_model())
+
+    class Failing(Played):
+        def replay(self) -> None:
+            super().replay()
+            self.rows.tokens.fill_(-1)
+
+    monkeypatch.setattr(generation, "CapturedStep", Failing)
+    with pytest.raises(ValueError, match="not finite at new token 2") as raised:
+        generate(model, PROMPTS, max_new_tokens=20, capture=True)
+    del raised
+    gc.collect()
+    assert model not in capturing._kept
