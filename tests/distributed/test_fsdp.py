@@ -127,3 +127,13 @@ def looked_at_first(world: Any, reshard: bool) -> list[str]:
 @pytest.mark.parametrize("reshard", [True, False])
 def test_a_look_before_the_optimizer_is_made(ranks: Ranks, reshard: bool) -> None:
     assert ranks.run(4, looked_at_first, reshard) == [[]] * 4
+
+
+def patience(world: Any) -> list[float]:
+    mesh = make_mesh("cpu", tp=2)
+    groups = [mesh[axis].get_group() for axis in ("replicate", "shard", "tp")]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_ranks_of_a_mesh_wait_as_long_as_all_do(ranks: Ranks) -> None:
+    assert ranks.run(4, patience) == [[60, 60, 60]] * 4
