@@ -103,22 +103,23 @@ class Gather(_Copies, AllGather):
 
 
 class Scatter(_Copies, ReduceScatter):
-    """Parts come in the type that they were computed in, and are summed in the order of the ranks, in fp32 and into
-    `wide`: the same bits as sums of parts that were made as wide before, of which twice as many go from GPU to GPU."""
+    """Parts come in the type that they were `computed` in, and are summed in the order of the ranks, in fp32 and into
+    the type that is asked for: the same bits as sums of parts that were made as wide before, of which twice as many go
+    from GPU to GPU. Only parts that were added up in that type before, without being sent, are rounded to come."""
 
     asked = 0  # elements of an input whose output is asked for next
 
-    def __init__(self, pool: Pool, group: dist.ProcessGroup, wide: torch.dtype | None = None):
+    def __init__(self, pool: Pool, group: dist.ProcessGroup, computed: torch.dtype | None = None):
         super().__init__(pool, group)
-        self.wide = wide
+        self.computed = computed
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         numel = math.prod(size)
         if numel * self.size == self.asked:  # which gradients keep
             self.asked = 0
-            return torch.empty(numel, dtype=self.wide or dtype, device=device)
+            return torch.empty(numel, dtype=dtype, device=device)
         self.asked = numel
-        return self.pool.take(numel, dtype)
+        return self.pool.take(numel, self.computed or dtype)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         block = self.block(input_tensor, group)
@@ -156,9 +157,9 @@ def pool_for(group: dist.ProcessGroup, device_type: str) -> tuple[Pool | None, s
     return pool, why
 
 
-def install(root: nn.Module, pool: Pool, group: dist.ProcessGroup, wide: torch.dtype | None = None) -> None:
-    """Let all that FSDP shards under `root` gather and scatter by copies, gradients into `wide` or as they come."""
-    gather, scatter = Gather(pool, group), Scatter(pool, group, wide)
+def install(root: nn.Module, pool: Pool, group: dist.ProcessGroup, computed: torch.dtype | None = None) -> None:
+    """Let all that FSDP shards under `root` gather and scatter by copies, gradients as they were `computed`."""
+    gather, scatter = Gather(pool, group), Scatter(pool, group, computed)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(gather)

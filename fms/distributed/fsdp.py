@@ -30,9 +30,8 @@ def shard(
     data = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
     group = mesh["shard"].get_group()
     pool, _ = pool_for(group, mesh.device_type)
-    sent = reduce_dtype if pool is None else None  # parts are copied as they were computed, and summed in reduce_dtype
     # the angles of positions go into each block and stay fp32
-    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=sent, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     model = next(module for module in root.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
     for block in model.layers:
         again = reshard and block is not model.layers[-1]  # whose backward comes next
@@ -43,7 +42,7 @@ def shard(
         fully_shard(head, mesh=data, reshard_after_forward=False, mp_policy=precision)
     fully_shard(root, mesh=data, reshard_after_forward=reshard, mp_policy=precision)
     if pool is not None:
-        install(root, pool, group, reduce_dtype)
+        install(root, pool, group, param_dtype)
     root.register_forward_hook(lambda root, given, made: None if torch.is_grad_enabled() else at_rest(root))
     return root
 
