@@ -11,7 +11,7 @@ from fms.kernels.next_token import choose_greedily, make_rows, move_on, stop
 from fms.kernels.sum_add import ROWS
 from fms.modules.cache import StaticCache
 from fms.modules.rolling import RollingCache
-from fms.utils.sampling import Sampling, choose, share_of
+from fms.utils.sampling import Sampling, choose, penalise, share_of
 
 _ran: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()  # of a model, the kinds of step that have been captured
 KEPT = 1 << 30  # bytes: the largest cache that is kept with its step
@@ -31,8 +31,6 @@ class CapturedStep:
         how: Sampling | None = None,
         eos: Collection[int] = (),
     ):
-        if how is not None and how.repetition_penalty != 1:
-            raise ValueError("a repetition penalty is not part of the captured step")
         self.model, self.cache, self.how, self.eos = model, cache, how or Sampling(), sorted(eos)
         self.share = share_of(model.head)
         self.peers = None
@@ -41,6 +39,9 @@ class CapturedStep:
             self.peers = self.share.comm.peers if everywhere else None  # else a rank has no logits
         self.rows = make_rows(cache.batch, self.eos, cache.device)
         self.numbers = torch.arange(cache.batch, device=cache.device)
+        self.seen: Tensor | None = None  # (b, vocabulary): the tokens that a repetition penalty is for
+        if self.how.repetition_penalty != 1:
+            self.seen = torch.zeros(cache.batch, model.config.src_vocab_size, dtype=torch.bool, device=cache.device)
         self.angles: Tensor | None = None  # (2, b or 1, max_len, 1, head_dim): cos and sin of all positions
         self.graph: torch.cuda.CUDAGraph | None = None
         self.lasts = True  # no collective of NCCL's is in it, which waits at its end for all graphs that it is in
@@ -50,9 +51,15 @@ class CapturedStep:
         """The newest (b); -1 where logits were not finite."""
         return self.rows.tokens
 
-    def begin(self, tokens: Tensor, ends: Sequence[int] | Tensor) -> None:
-        """Go on behind what the cache holds with each row's last `tokens` (b); a row has at most ends[row] tokens."""
+    def begin(self, tokens: Tensor, ends: Sequence[int] | Tensor, seen: Tensor | None = None) -> None:
+        """Go on behind what the cache holds with each row's last `tokens` (b); a row has at most ends[row] tokens.
+
+        With a repetition penalty `seen` (b, vocabulary; bool) are those that a row has had, these included.
+        """
         rows = self.rows
+        if self.seen is not None:
+            assert seen is not None
+            self.seen.copy_(seen)
         rows.lengths.copy_(torch.tensor(self.cache.held())[:, None])
         rows.ends.copy_(torch.as_tensor(ends).view(-1, 1))
         rows.fed.copy_(tokens.view(-1, 1))
@@ -76,7 +83,7 @@ class CapturedStep:
     def _capture(self) -> None:
         self.angles = self._all_angles() if self.model.rope else None
         self.made_of = _made_of(self.model)
-        state = self.rows.lengths, self.rows.going, self.rows.fed
+        state = [self.rows.lengths, self.rows.going, self.rows.fed, *([] if self.seen is None else [self.seen])]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.cache.device)
         kinds = _ran.setdefault(self.model, set())
         if (kind := self._kind()) not in kinds:
@@ -119,9 +126,14 @@ class CapturedStep:
             angles = self.angles[:, of_a_row, rows.lengths].unbind()
         local = self.share is not None
         logits = self.model(rows.fed, cache=self.cache, last_n_tokens=1, angles=angles, local=local)[:, -1]
+        if self.seen is not None:
+            logits = penalise(logits, self.seen, self.how.repetition_penalty, self.share)
         if self.how.greedy and (self.share is None or self.peers is not None):
-            return choose_greedily(logits, rows, self.peers, 0 if self.share is None else self.share.first)
-        move_on(*choose(logits, self.how, self.numbers, rows.lengths[:, 0] + 1, self.share), rows)
+            choose_greedily(logits, rows, self.peers, 0 if self.share is None else self.share.first)
+        else:
+            move_on(*choose(logits, self.how, self.numbers, rows.lengths[:, 0] + 1, self.share), rows)
+        if self.seen is not None:
+            self.seen.scatter_(1, rows.fed, True)
 
 
 _kept: WeakKeyDictionary[Any, CapturedStep] = WeakKeyDictionary()

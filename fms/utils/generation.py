@@ -251,7 +251,7 @@ class Run:
             return f"of a model compiled with {mode!r}, which makes graphs of its own"
         if self.share is not None and self.share.comm.backend != "nccl":
             return f"of a model whose ranks sum by {self.share.comm.backend}: it takes nccl"
-        return "with a repetition penalty" if self.how.repetition_penalty != 1 else ""
+        return ""
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int | None]]:
@@ -296,8 +296,7 @@ class Run:
         logits, kwargs = self._prefill()
         for i in range(self.max_new_tokens):
             if seen is not None:
-                ours = seen if self.share is None else seen[:, self.share.first :][:, : logits.shape[-1]]
-                logits = penalise(logits, ours, penalty)
+                logits = penalise(logits, seen, penalty, self.share)
             tokens, fit = choose(logits, self.how, rows, start + i, self.share)
             if self.after is not None:
                 changed, kwargs = self.after(max(self.lengths) + i, logits, tokens[:, None], kwargs)
@@ -308,20 +307,20 @@ class Run:
             if i + 1 == self.max_new_tokens:
                 return
             if self.capture:
-                yield from self._captured(tokens)
+                yield from self._captured(tokens, seen)
                 return
             if any(self.ended) and self.cache is not None:
                 self.cache.take = torch.tensor([[int(not end)] for end in self.ended], device=self.device)
             logits, kwargs = self._decode(i + 1, tokens[:, None], kwargs, self.ended)
 
-    def _captured(self, tokens: Tensor) -> Iterator[tuple[list[int], list[bool]]]:
+    def _captured(self, tokens: Tensor, seen: Tensor | None) -> Iterator[tuple[list[int], list[bool]]]:
         """What `_tokens` gives, from the second token on: the device runs ahead, the host reads late."""
         step = self.step or CapturedStep(self.model, self.cache, self.how, self.eos)
         fit = True
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         left = self.max_new_tokens - 1
         try:
-            step.begin(tokens, [first + room for first, room in zip(self.first, self.room, strict=True)])
+            step.begin(tokens, [first + room for first, room in zip(self.first, self.room, strict=True)], seen)
             while left or coming:
                 while left and len(coming) <= AHEAD:
                     step.replay()

@@ -151,8 +151,10 @@ def seen_of(prompts: Sequence[Tensor], vocabulary: int) -> Tensor:
     return seen
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits with those of `seen` tokens (b, vocabulary; bool) made less likely."""
+def penalise(logits: Tensor, seen: Tensor, penalty: float, share: Share | None = None) -> Tensor:
+    """Logits, all or of a share, with those of `seen` tokens (b, vocabulary; bool) made less likely."""
+    if share is not None:
+        seen = seen[:, share.first :][:, : logits.shape[-1]]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

@@ -13,11 +13,12 @@ import torch
 from fms.models import freeze
 from fms.utils.capture import CapturedStep
 from fms.utils.generation import Run, generate
-from fms.utils.sampling import Sampling
+from fms.utils.sampling import Sampling, seen_of
 from tests.distributed.ranks import ROOT, Ranks
 from tests.distributed.test_tensor_parallel import random_model, some_ids
 
 HOW: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"do_sample": True, "top_k": 9, "seed": 2}}
+HOW["penalised"] = {"repetition_penalty": 1.6}
 
 
 class Played(CapturedStep):
@@ -34,7 +35,7 @@ def replayed(mesh: Any, case: str, how: dict[str, Any]) -> list[list[int]]:
         cache = model.make_cache(2, 12)
         model.hidden(ids[:, :-1], cache=cache)
         step = Played(model, cache, Sampling(**how))
-        step.begin(ids[:, -1], [12, 10])
+        step.begin(ids[:, -1], [12, 10], seen_of(list(ids), model.config.src_vocab_size))
         for _ in range(7):
             step.replay()
             tokens.append(step.tokens.clone())
@@ -70,7 +71,7 @@ from fms.utils.generation import generate
 launch()
 sizes = dict(src_vocab_size=1000, emb_dim=256, nheads=8, kvheads=4, head_dim=32, nlayers=3, max_expected_seq_len=128)
 prompts = [torch.arange(20) * 7 % 1000, torch.arange(9), torch.arange(3)]
-ways = ({}, {"do_sample": True, "seed": 1}, {"top_k": 20, "top_p": 0.9, "seed": 3})
+ways = ({}, {"do_sample": True, "seed": 1}, {"top_k": 20, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.4})
 
 
 def made(architecture, dtype, strategy, **more):

@@ -32,6 +32,8 @@ HOW: dict[str, Any] = {
     "greedy": {},
     "sampled": {"temperature": 3.0, "seed": 11},
     "filtered": {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01},
+    "penalised": {"repetition_penalty": 1.7},
+    "penalised, sampled": {"repetition_penalty": 1.7, "temperature": 2.0, "seed": 4},
 }
 gpu = pytest.mark.gpu
 
@@ -189,8 +191,6 @@ def test_where_it_cannot_be_done() -> None:
     run = Run(frozen, [torch.tensor([1, 2])])
     run.device = torch.device("cuda")
     assert run._obstacle() == "of a model compiled with 'reduce-overhead', which makes graphs of its own"
-    with pytest.raises(ValueError, match="a repetition penalty is not part of the captured step"):
-        CapturedStep(model, model.make_cache(1, 8), Sampling(repetition_penalty=2.0))
 
 
 @gpu
@@ -200,7 +200,6 @@ def test_what_stands_in_the_way_is_named() -> None:
         "not frozen": {},
         "no cache": {"use_cache": False},
         "hooks": {"post_iteration_hook": lambda n, logits, tokens, kwargs: (tokens, kwargs)},
-        "a repetition penalty": {"repetition_penalty": 1.3},
     }
     for word, options in obstacles.items():
         with pytest.raises(ValueError, match=word):
@@ -301,6 +300,13 @@ def test_what_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_after_the_other(model: Decoder) -> None:
+    for how in HOW.values():
+        for prompts in (PROMPTS, [[7, 3] * 10] * 4):
+            want = rows_of(generate(model, prompts, max_new_tokens=20, capture=False, **how))
+            assert rows_of(generate(model, prompts, max_new_tokens=20, capture=True, **how)) == want
+        again = capturing._kept[model]
+        assert rows_of(generate(model, prompts, max_new_tokens=20, capture=True, **how)) == want
+        assert capturing._kept[model] is again
     graphs = []
     for prompts in (PROMPTS, PROMPTS[1:2] + PROMPTS[1:], [[7] * 20] * 4, [[1, 2, 3]] * 4):
         for ends in ((), (7, 12)):
