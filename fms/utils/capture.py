@@ -117,7 +117,7 @@ class CapturedStep:
         length = keys.shape[2] if scratch is None else scratch.splits  # our kernel serves all lengths
         angles = None if self.angles is None else self.angles.shape[1]
         shape = keys.shape[:2], length, keys.shape[3], keys.dtype, weight.dtype, weight.device
-        return shape, self.how, self.rows.eos.shape, angles, self.peers is None
+        return shape, self.how, self.rows.eos.shape, angles, self.peers is None, *self.made_of
 
     def _step(self) -> None:
         rows, angles = self.rows, None

@@ -280,6 +280,23 @@ def test_what_a_step_does_not_serve() -> None:
     assert not found()
 
 
+def test_a_model_that_has_changed_takes_another_kind_of_step() -> None:
+    model = freeze(small_model())
+
+    def kind() -> Any:
+        step = Played(model, model.make_cache(2, 20))
+        played(model, step, torch.randint(24, (2, 4)), 2)
+        return step._kind()
+
+    seen = {kind()}
+    assert kind() in seen
+    model.compiled = "blocks"  # type: ignore[assignment]
+    seen.add(kind())
+    model.head.weight = torch.nn.Parameter(model.head.weight[:20].clone(), requires_grad=False)
+    seen.add(kind())
+    assert len(seen) == 3
+
+
 def test_what_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = freeze(small_model())
     step = Played(model, model.make_cache(2, 20))
