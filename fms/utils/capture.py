@@ -166,5 +166,5 @@ def forget(model: Any) -> None:
 
 def _made_of(model: Any) -> list[Any]:
     """What a graph of the model reads, and how it was made."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *model.buffers())]
     return [getattr(model, "compiled", "none"), *[t.data_ptr() for t in tensors]]

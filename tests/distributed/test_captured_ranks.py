@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fms.models import freeze
-from fms.utils.capture import CapturedStep
+from fms.utils.capture import CapturedStep, _made_of
 from fms.utils.generation import Run, generate
 from fms.utils.sampling import Sampling, seen_of
 from tests.distributed.ranks import ROOT, Ranks
@@ -60,6 +60,18 @@ def refused(mesh: Any) -> str:
 
 def test_a_backend_of_the_host_is_an_obstacle(ranks: Ranks) -> None:
     assert ranks.run(2, refused) == ["of a model whose ranks sum by gloo: it takes nccl"] * 2
+
+
+def loaded_again(mesh: Any) -> bool:
+    model = freeze(random_model("llama", mesh))
+    before = _made_of(model)
+    assert _made_of(model) == before
+    model.load_state_dict(model.state_dict())  # each block makes its fused weights anew
+    return _made_of(model) != before
+
+
+def test_other_weights_are_noticed_where_they_are_shards(ranks: Ranks) -> None:
+    assert ranks.run(2, loaded_again) == [True] * 2
 
 
 PROGRAM = """
