@@ -117,7 +117,9 @@ class CapturedStep:
         length = keys.shape[2] if scratch is None else scratch.splits  # our kernel serves all lengths
         angles = None if self.angles is None else self.angles.shape[1]
         shape = keys.shape[:2], length, keys.shape[3], keys.dtype, weight.dtype, weight.device
-        return shape, self.how, self.rows.eos.shape, angles, self.peers is None, *self.made_of
+        # all ranks must see alike whether there is one to be run first: not by addresses
+        model = getattr(self.model, "compiled", "none"), *[parameter.shape for parameter in self.model.parameters()]
+        return shape, self.how, self.rows.eos.shape, angles, self.peers is None, model
 
     def _step(self) -> None:
         rows, angles = self.rows, None
