@@ -150,15 +150,15 @@ def _weigh(
     if s == 1 and (mask is None or mask.shape[-3:-1] == (1, 1)):
         # one token: the heads of a group read the same keys, so they are rows of one product and nothing is repeated
         q = q.reshape(b, k.shape[1], -1, d)
-        if mask is None and q.is_cuda and q.dtype in HALF and d % 8 == 0:
+        if mask is None and q.is_cuda and q.dtype in HALF and k.dtype == q.dtype and d % 8 == 0:
             # by name: with PyTorch's own choice, on Hopper, each length seen for the first time cost some 40 ms
             out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, scale=scale)[0]
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
         return out.reshape(b, 1, heads * d)
     later = mask is None and getattr(layer, "later", False)
-    flash = mask is None and (later or s < PLANNED) and serves_flash(k)
-    if flash and not (torch.is_grad_enabled() and q.requires_grad):
+    learns = torch.is_grad_enabled() and q.requires_grad
+    if mask is None and not learns and (later or s < PLANNED) and k.dtype == q.dtype and serves_flash(k):
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, scale=scale)[0]
         return out.transpose(1, 2).flatten(2)
     if later:

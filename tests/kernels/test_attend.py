@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fms.kernels.attend import BLOCK, Scratch, Step, attend, attend_packed, rotate, serves_flash
+from fms.kernels.skinny import Machine, _machines
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
 
@@ -83,6 +84,25 @@ def test_interpreted(kvheads: int, group: int, d: int, interpreted: torch.device
         check(kvheads, group, d, [0, 3, 150], 200, normed=normed, rope=rope, dtype=torch.float16, device="cpu")
     check(kvheads, group, d, [64, 64], 130, dtype=torch.float16, device="cpu")
     check(kvheads, group, d, [2, 90, 170], 91, capacity=90, dtype=torch.float16, device="cpu")
+
+
+class OnAGpu(Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("s", [1, 3])
+@torch.no_grad()
+def test_autocast_and_a_cache_of_another_type(types: Any, s: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are asked by name do without autocast, which makes the types alike."""
+    monkeypatch.setitem(_machines, torch.device("cpu"), Machine(1, False))
+    q, k = (torch.randn(2, s, 4, 8).to(dtype).as_subclass(OnAGpu) for dtype in types)  # type: ignore[attr-defined]
+    layer: Any = SimpleNamespace(update=lambda *new: (k.transpose(1, 2),) * 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attend(q, k, k, None, None, layer)
+    t, h = (x.float().transpose(1, 2) for x in (q, k))
+    want = F.scaled_dot_product_attention(t, h, h, is_causal=True)
+    torch.testing.assert_close(got.float(), want.transpose(1, 2).flatten(2), rtol=2e-2, atol=2e-2, check_dtype=False)
 
 
 @pytest.mark.gpu
