@@ -23,9 +23,10 @@ class Machine(NamedTuple):
 
 
 def machine(device: torch.device) -> Machine | None:
-    """What there is to launch on, or `None` where the kernels can't run."""
+    """What there is to launch on, or `None` where the kernels can't run, or to a compiler, which can't look by itself,
+    where nobody has looked before."""
     known = _machines.get(device)
-    if known is None and device not in _machines:
+    if known is None and device not in _machines and not torch.compiler.is_compiling():
         known = _machines[device] = _look(device)
     return known
 

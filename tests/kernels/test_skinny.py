@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms.kernels import skinny
 from fms.kernels.skinny import (
     FUNCTIONS,
     Choice,
+    Machine,
     activation_kind,
     choose,
     launch,
+    machine,
     norm_kind,
     reference,
     serves,
@@ -155,3 +158,12 @@ def test_every_shape_has_a_choice(rows: int) -> None:
         assert choice.form == "tile" or rows <= 2
         assert choice.sizes.get("KP", k) + choice.sizes.get("KQ", 0) >= k
         assert choice.sizes.get("M", rows) >= rows
+
+
+def test_a_compiler_knows_a_machine_that_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 7)
+    monkeypatch.setattr(skinny, "_machines", {})
+    run = torch.compile(lambda x: x + (machine(device) is not None), fullgraph=True, backend="eager")
+    assert run(torch.zeros(1)) == 0
+    skinny._machines[device] = Machine(132, True)
+    assert run(torch.zeros(1)) == 1
