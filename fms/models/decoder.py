@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fms.models.compile import compile_model
 from fms.modules.cache import Cache, Recompute, StaticCache
+from fms.modules.frozen import FrozenBlock
 from fms.modules.head import Head
 from fms.modules.initial import reset_parameters
 from fms.modules.positions import Angles, Rope
@@ -91,8 +92,10 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         angles: Angles | None = None,
+        last_n_tokens: int = 0,
     ) -> Tensor:
-        """States after the last norm, (b, s, emb_dim), of token ids (b, s) or of embeddings (b, s, emb_dim).
+        """States after the last norm, (b, s, emb_dim), of token ids (b, s) or of embeddings (b, s, emb_dim); or of the
+        last `last_n_tokens` positions only, for which a frozen last block computes no others.
 
         `mask`: True (or 0.0) where a query may look, broadcasting to (b, heads, s, kv) or of shape (b, s, kv); causal
         without one. `position_ids` (b or 1, s) default to the place in the sequence. `angles` are `rope`'s for them,
@@ -115,9 +118,11 @@ class Decoder(nn.Module):
         x = self.emb_dropout(x)
         if angles is None and self.rope:
             angles = self.rope(positions, cache.span)
+        fewer = 0 < last_n_tokens < s and self.compiled == "none"
+        final = self.layers[-1] if fewer and isinstance(self.layers[-1], FrozenBlock) else None
         for block, layer in zip(self.layers, cache.layers, strict=True):
-            x = block(x, angles, mask, layer)
-        return self.dec_norm(x)
+            x = block(x, angles, mask, layer, *([last_n_tokens] if block is final else ()))
+        return self.dec_norm(x)[:, -last_n_tokens:]
 
     def forward(
         self,
@@ -134,7 +139,9 @@ class Decoder(nn.Module):
 
         `local`: those of this rank's share of the vocabulary, where several ranks hold the model.
         """
-        h = self.hidden(input_ids, position_ids=position_ids, mask=mask, cache=cache, angles=angles)[:, -last_n_tokens:]
+        h = self.hidden(
+            input_ids, position_ids=position_ids, mask=mask, cache=cache, angles=angles, last_n_tokens=last_n_tokens
+        )
         return self.head.local(h) if local else self.head(h)
 
     def reset_parameters(self) -> None:

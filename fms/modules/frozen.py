@@ -106,10 +106,18 @@ class FrozenBlock(Frozen):
         self.scale = block.scale
 
     def forward(
-        self, x: Tensor, angles: Angles | None, mask: Tensor | None = None, layer: LayerCache | None = None
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        mask: Tensor | None = None,
+        layer: LayerCache | None = None,
+        last_n_tokens: int = 0,
     ) -> Tensor:
+        """Of x (b, s, emb_dim) all tokens, or at least the last ones: the keys and values of all go to `layer`."""
         qkv = norm_linear(*self.begin(x, self.ln), self.qkv)
         heads = attend_packed(qkv, *self.heads, angles, mask, layer, self.score_scale, norms=self.norms)
+        if last_n_tokens and (self.comm is None or self.comm.tokens is None):
+            heads, x = heads[:, -last_n_tokens:], x[:, -last_n_tokens:]
         x = self.end(heads, self.dense, x, self.scale)
         if isinstance(self.ff, MixtureOfExperts | SharedExpert):
             return torch.add(x, self.ff(normalise(x, self.ff_ln)), alpha=self.scale)

@@ -261,7 +261,7 @@ class Bench:
         cache = self.model.make_cache(self.batch, room)
         *chunks, rest = self.ids[:, :-1].split(PREFILL_CHUNK, 1)
         for chunk in chunks:
-            self.model.hidden(chunk, cache=cache)
+            self.model.hidden(chunk, cache=cache, last_n_tokens=1)
         self.model(rest, cache=cache, last_n_tokens=1)
         return cache
 

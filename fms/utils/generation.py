@@ -357,7 +357,7 @@ class Run:
         if min(self.lengths) == longest:
             *chunks, rest = self.whole.split(width, 1)
             for chunk in chunks:
-                self.model.hidden(chunk, cache=self.cache)
+                self.model.hidden(chunk, cache=self.cache, last_n_tokens=1)
             return self._step(0, rest, {"cache": self.cache})
         ends = torch.tensor(self.lengths, device=self.device) - 1
         last: Tensor | None = None

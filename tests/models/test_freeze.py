@@ -12,7 +12,7 @@ from torch import Tensor
 from fms.models import Decoder, freeze
 from fms.models.freeze import is_frozen
 from fms.modules.frozen import FrozenBlock
-from tests.small import small_granite
+from tests.small import small_granite, small_model
 
 
 def random_model(seed: int = 0, **fields: Any) -> Decoder:
@@ -113,3 +113,28 @@ def test_to_a_dtype(dtype: torch.dtype) -> None:
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert storage(model) == size * dtype.itemsize // 4
     torch.testing.assert_close(logits(model), want, rtol=0, atol=0.2 if dtype == torch.bfloat16 else 1e-9)
+
+
+FAMILIES: dict[str, Callable[[], Decoder]] = {
+    "granite": random_model,
+    "llama": small_model,
+    "mixtral": lambda: small_model("mixtral", "8x7b", num_experts=4, top_k_experts=2),
+    "mistral, window": lambda: small_model("mistral", "7b", sliding_window=4),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("last", [1, 3, 9])
+@torch.no_grad()
+def test_the_last_block_computes_what_is_asked_for(name: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = freeze(FAMILIES[name]()), torch.randint(0, 20, (2, 14))
+    want, widths = model(ids), []
+    end = FrozenBlock.end
+    monkeypatch.setattr(FrozenBlock, "end", lambda block, x, *args: widths.append(x.shape[1]) or end(block, x, *args))
+    cache = model.make_cache(2, 14)
+    got = model(ids[:, :9], cache=cache, last_n_tokens=last)
+    torch.testing.assert_close(got, want[:, :9][:, -last:], rtol=1e-5, atol=1e-5)
+    ends = 1 if "mixtral" in name else 2
+    assert widths == [9] * ends * (len(model.layers) - 1) + [last] * ends
+    rest = [model(token[:, None], cache=cache, last_n_tokens=1) for token in ids[:, 9:].T]  # reads all keys
+    torch.testing.assert_close(torch.cat(rest, 1), want[:, 9:], rtol=1e-5, atol=1e-5)
