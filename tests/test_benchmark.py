@@ -339,6 +339,30 @@ def test_charts_of_memory(tmp_path):
     assert plot(short, tmp_path) == []
 
 
+def test_charts_have_what_was_measured():
+    pytest.importorskip("matplotlib")
+    from matplotlib.colors import to_rgba
+
+    from fms.utils.plots import _bars, _lines, pyplot
+
+    cells = [Cell("eager", *KINDS[0], 2, n, 3, ms=float(n)) for n in (8, 16)]
+    cells += [Cell("captured", *KINDS[0], 2, 8, 3, ms=2.0), Cell("captured", *KINDS[0], 2, 16, 3, note="too late")]
+    lines, bars = _lines(cells, "ms", 1.0, "ms"), _bars(cells)
+    assert len(lines.axes) == 1, "a panel without a line"
+    assert lines.axes[0].get_ylim()[1] > 16
+    shown = {
+        text.get_text(): handle
+        for legend in bars.legends
+        for text, handle in zip(legend.get_texts(), legend.get_patches(), strict=True)
+    }
+    assert {name: handle.get_facecolor() for name, handle in shown.items()} == {
+        "eager": to_rgba("C0"),
+        "captured": to_rgba("C1"),
+    }
+    assert [panel.get_xlim() for panel in bars.axes] == [(-0.5, 0.5)] * 2
+    pyplot().close("all")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

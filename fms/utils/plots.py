@@ -44,7 +44,7 @@ def plot(cells: Sequence[Cell], directory: Path) -> list[Path]:
 def _bars(cells: Sequence[Cell]) -> Any:
     """For each size a panel, for each column a group, for each mode a bar; logarithmic, as they differ by orders."""
     sizes = list(dict.fromkeys((c.batch_size, c.seq_len) for c in cells))
-    modes = _modes(cells)
+    modes, columns = _modes(cells), _columns(cells)
     figure, panels = pyplot().subplots(
         len(sizes), 1, figsize=(11, 3.2 * len(sizes)), squeeze=False, layout="constrained"
     )
@@ -52,11 +52,14 @@ def _bars(cells: Sequence[Cell]) -> Any:
         found = {(c.mode, c.task, c.cached): c.ms for c in cells if (c.batch_size, c.seq_len) == size}
         width = 0.8 / len(modes)
         for i, mode in enumerate(modes):
-            bars = [(place, found.get((mode, *kind))) for place, kind in enumerate(COLUMNS.values())]
+            bars = [(place, found.get((mode, *kind))) for place, kind in enumerate(columns.values())]
             there = [(place + (i - (len(modes) - 1) / 2) * width, ms) for place, ms in bars if ms is not None]
+            if not there:
+                continue
             drawn = panel.bar([at for at, _ in there], [ms for _, ms in there], width, label=mode, color=f"C{i}")
             panel.bar_label(drawn, fmt="%.3g", fontsize=7)
-        panel.set_xticks(range(len(COLUMNS)), list(COLUMNS))
+        panel.set_xticks(range(len(columns)), list(columns))
+        panel.set_xlim(-0.5, len(columns) - 0.5)
         known = [ms for ms in found.values() if ms is not None] or [1.0]
         limits = min(known) / 2, max(known) * 1.5  # room for the number on the highest
         panel.set(yscale="log", ylim=limits, ylabel="ms a token", title=f"batch {size[0]}, prompt {size[1]}")
@@ -68,9 +71,14 @@ def _bars(cells: Sequence[Cell]) -> Any:
 
 def _lines(cells: Sequence[Cell], field: str, unit: float, label: str) -> Any:
     """For each column a panel, for each mode a colour, for each batch a kind of line."""
-    modes, batches = _modes(cells), sorted({cell.batch_size for cell in cells})
-    figure, panels = pyplot().subplots(2, 2, figsize=(12, 7), layout="constrained")
-    for panel, (name, kind) in zip(panels.flat, COLUMNS.items(), strict=True):
+    modes, columns, batches = _modes(cells), _columns(cells), sorted({cell.batch_size for cell in cells})
+    across, down = min(len(columns), 2), (len(columns) + 1) // 2
+    figure, panels = pyplot().subplots(
+        down, across, figsize=(6 * across, 3.5 * down), squeeze=False, layout="constrained"
+    )
+    for panel in panels.flat[len(columns) :]:
+        panel.remove()
+    for panel, (name, kind) in zip(panels.flat, columns.items(), strict=False):
         lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
         for cell in cells:
             if (cell.task, cell.cached) == kind and (value := getattr(cell, field)) is not None:
@@ -78,7 +86,8 @@ def _lines(cells: Sequence[Cell], field: str, unit: float, label: str) -> Any:
         for (mode, batch), points in lines.items():
             style = {"color": f"C{modes.index(mode)}", "linestyle": STYLES[batches.index(batch) % len(STYLES)]}
             panel.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{mode}, batch {batch}", **style)
-        panel.set(title=name, xlabel="tokens of the prompt", ylabel=label, ylim=(0, None))
+        highest = max((value for points in lines.values() for _, value in points), default=1.0)
+        panel.set(title=name, xlabel="tokens of the prompt", ylabel=label, ylim=(0, 1.1 * highest))
     _legend(figure)
     return figure
 
@@ -111,3 +120,9 @@ def _legend(figure: Any) -> None:
 def _modes(cells: Sequence[Cell]) -> list[str]:
     """Those that have a figure."""
     return list(dict.fromkeys(cell.mode for cell in cells if cell.ms is not None))
+
+
+def _columns(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Those that have a figure."""
+    there = {(cell.task, cell.cached) for cell in cells if cell.ms is not None}
+    return {name: kind for name, kind in COLUMNS.items() if kind in there}
