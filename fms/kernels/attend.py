@@ -150,7 +150,7 @@ def _weigh(
     if s == 1 and (mask is None or mask.shape[-3:-1] == (1, 1)):
         # one token: the heads of a group read the same keys, so they are rows of one product and nothing is repeated
         q = q.reshape(b, k.shape[1], -1, d)
-        if mask is None and q.is_cuda and q.dtype in HALF and k.dtype == q.dtype and d % 8 == 0:
+        if mask is None and q.is_cuda and q.dtype in HALF and k.dtype == q.dtype and d % 8 == 0 and d <= 256:
             # by name: with PyTorch's own choice, on Hopper, each length seen for the first time cost some 40 ms
             out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, scale=scale)[0]
         else:

@@ -67,6 +67,8 @@ class CapturedStep:
         rows.going.fill_(1)
         stop(rows)
         if self.graph is None:
+            self.angles = self._all_angles() if self.model.rope else None
+            self.kind, self.made_of = self._kind(), _made_of(self.model)
             self._capture()
         elif self.angles is not None and self.cache.span is not self.span:
             self.angles.copy_(self._all_angles())
@@ -81,12 +83,10 @@ class CapturedStep:
         self.cache.hold(lengths)
 
     def _capture(self) -> None:
-        self.angles = self._all_angles() if self.model.rope else None
-        self.made_of = _made_of(self.model)
         state = [self.rows.lengths, self.rows.going, self.rows.fed, *([] if self.seen is None else [self.seen])]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.cache.device)
         kinds = _ran.setdefault(self.model, set())
-        if (kind := self._kind()) not in kinds:
+        if self.kind not in kinds:
             kept = [t.clone() for t in state]
             self._step()  # compiles kernels; what it writes to the cache, the first replay writes again
             for kept_one, t in zip(kept, state, strict=True):
@@ -104,7 +104,7 @@ class CapturedStep:
         self.graph = graph
         self.lasts = comm is None or (not compiled and comm.through_backend == before)
         if not compiled:  # else it may be compiled again
-            kinds.add(kind)
+            kinds.add(self.kind)
 
     def _all_angles(self) -> Tensor:
         self.span = self.cache.span
@@ -119,7 +119,9 @@ class CapturedStep:
         shape = keys.shape[:2], length, keys.shape[3], keys.dtype, weight.dtype, weight.device
         # all ranks must see alike whether there is one to be run first: not by addresses
         model = getattr(self.model, "compiled", "none"), *[parameter.shape for parameter in self.model.parameters()]
-        return shape, self.how, self.rows.eos.shape, angles, self.peers is None, model
+        device = weight.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return shape, self.how, self.rows.eos.shape, angles, self.peers is None, model, autocast
 
     def _step(self) -> None:
         rows, angles = self.rows, None
@@ -154,9 +156,11 @@ def kept(model: Any, rows: int, length: int, how: Sampling, eos: Collection[int]
     step = _kept.pop(model, None)
     if step is None or step.cache.batch != rows or step.cache.max_len < length:
         return None
-    if (step.how, step.eos, step.made_of) != (how, sorted(eos), _made_of(model)):
-        return None
     step.model = model
+    if (step.how, step.eos, step.kind) != (how, sorted(eos), step._kind()):
+        return None
+    if step.made_of != _made_of(model):
+        step.graph = None  # made anew, on this rank maybe alone: of a kind that needs not be run first
     step.cache.hold([0] * rows)
     return step
 
@@ -166,7 +170,6 @@ def forget(model: Any) -> None:
     _kept.pop(model, None)
 
 
-def _made_of(model: Any) -> list[Any]:
-    """What a graph of the model reads, and how it was made."""
-    tensors = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *model.buffers())]
-    return [getattr(model, "compiled", "none"), *[t.data_ptr() for t in tensors]]
+def _made_of(model: Any) -> list[int]:
+    """Where what a graph of the model reads lies."""
+    return [getattr(t, "_local_tensor", t).data_ptr() for t in (*model.parameters(), *model.buffers())]
