@@ -225,9 +225,9 @@ class Run:
         self.step: CapturedStep | None = None
         if cache is None and use_cache:
             end = longest + self.max_new_tokens
-            self.step = kept(model, len(prompts), end, self.how, self.eos) if worth else None
-            room = min(end, limit), max(end - limit, 0)
-            cache = self.step.cache if self.step else model.make_cache(len(prompts), *room)
+            b, room = len(prompts), (min(end, limit), max(end - limit, 0))
+            self.step = kept(model, b, end, self.how, self.eos) if worth else None
+            cache = self.step.cache if self.step else model.make_cache(b, *room)
             cache.span = self.span
         self.cache = cache
         obstacle = self._obstacle()
@@ -291,12 +291,11 @@ class Run:
         """Of each step the new tokens, and whether their logits were fit for use. Looks at `ended` in between."""
         rows = torch.arange(len(self.prompts), device=self.device)
         start = torch.tensor(self.first, device=self.device)
-        penalty = self.how.repetition_penalty
-        seen = seen_of(self.prompts, self.model.config.src_vocab_size) if penalty != 1 else None
+        seen = seen_of(self.prompts, self.how, self.model.config.src_vocab_size)
         logits, kwargs = self._prefill()
         for i in range(self.max_new_tokens):
             if seen is not None:
-                logits = penalise(logits, seen, penalty, self.share)
+                logits = penalise(logits, seen, self.how.repetition_penalty, self.share)
             tokens, fit = choose(logits, self.how, rows, start + i, self.share)
             if self.after is not None:
                 changed, kwargs = self.after(max(self.lengths) + i, logits, tokens[:, None], kwargs)

@@ -143,8 +143,10 @@ def _winners(scores: Tensor, ids: Tensor, share: Share | None) -> tuple[Tensor, 
     return pairs[..., 0].gather(-1, rank), pairs[..., 1].gather(-1, rank).long()
 
 
-def seen_of(prompts: Sequence[Tensor], vocabulary: int) -> Tensor:
-    """Which tokens each row of `prompts` (1-D) has, (b, vocabulary)."""
+def seen_of(prompts: Sequence[Tensor], how: Sampling, vocabulary: int) -> Tensor | None:
+    """Which tokens each row of `prompts` (1-D) has, (b, vocabulary), where there is a penalty for them."""
+    if how.repetition_penalty == 1:
+        return None
     seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=prompts[0].device)
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt] = True

@@ -35,7 +35,7 @@ def replayed(mesh: Any, case: str, how: dict[str, Any]) -> list[list[int]]:
         cache = model.make_cache(2, 12)
         model.hidden(ids[:, :-1], cache=cache)
         step = Played(model, cache, Sampling(**how))
-        step.begin(ids[:, -1], [12, 10], seen_of(list(ids), model.config.src_vocab_size))
+        step.begin(ids[:, -1], [12, 10], seen_of(list(ids), Sampling(**how), model.config.src_vocab_size))
         for _ in range(7):
             step.replay()
             tokens.append(step.tokens.clone())
