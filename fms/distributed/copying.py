@@ -245,7 +245,11 @@ def _maker(group: dist.ProcessGroup, device: torch.device) -> Callable[[int], Bl
                 memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
             except RuntimeError:  # PyTorch's allocator may hold what it does not use
                 torch.cuda.empty_cache()
-                memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+                try:
+                    memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+                except RuntimeError as error:
+                    remedy = f"{nbytes / 1e9:.2f} GB for copies of FSDP's, which {SWITCH}={backend.name()} does without"
+                    raise RuntimeError(f"{error}: {remedy}".replace("\n", " ")) from error
         torch.cuda.synchronize(device)  # the barrier's flags are zero before another rank sets one
         return Block(memory, symmetric_memory.rendezvous(memory, name), wait)
 

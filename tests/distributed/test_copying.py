@@ -410,13 +410,13 @@ def test_a_pool_goes_to_the_next_model_when_all_ranks_are_done_with_it(ranks: Ra
     assert ranks.run(2, in_turn) == [[0, 1, 2, 2, 3]] * 2
 
 
-def made(world: Any) -> list[Any]:
-    """A block of an allocator that first has no memory."""
+def made(world: Any, times: int = 1) -> list[Any]:
+    """A block of an allocator that has no memory the first `times`."""
     said: list[Any] = []
 
     def empty(nbytes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         said.append("empty")
-        if len(said) == 1:
+        if said.count("empty") <= times:
             raise RuntimeError("out of memory")
         return torch.empty(nbytes, dtype=dtype, device=device)
 
@@ -428,12 +428,20 @@ def made(world: Any) -> list[Any]:
         "torch.cuda", empty_cache=lambda: said.append("given back"), synchronize=lambda device: said.append("waited")
     )
     with memory, gpu, torch.inference_mode():
-        made = copying._maker(world.get_group(), CPU)(100)
+        try:
+            made = copying._maker(world.get_group(), CPU)(100)
+        except RuntimeError as error:
+            return [*said, str(error)]
         made.barrier()
     assert made.free()
     assert not made.memory.is_inference()
     said[said.index(world.get_group().group_name)] = "met"
     return said
+
+
+def test_no_memory_for_a_block(ranks: Ranks) -> None:
+    why = "out of memory: 0.00 GB for copies of FSDP's, which FMS_COMMUNICATOR=gloo does without"
+    assert ranks.run(2, made, 2) == [["empty", "given back", "empty", why]] * 2
 
 
 def test_making_a_block(ranks: Ranks) -> None:
