@@ -4,6 +4,7 @@ import pickle
 import re
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -158,7 +159,9 @@ def _zip_records(file: Path, size: int) -> dict[int, int]:
 
 def _unpickled(file: Path, device: str) -> Any:
     try:
-        return torch.load(file, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it can't read is an error of its own
+            return torch.load(file, map_location=device, weights_only=True)
     except UNREADABLE as error:
         size = file.stat().st_size
         if asked := re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error)):
