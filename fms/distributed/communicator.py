@@ -22,8 +22,8 @@ from fms.kernels.sum_add import Peers
 
 log = logging.getLogger(__name__)
 _ops = torch.ops._c10d_functional
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 FEW = 128  # tokens a row below which, without gradients, sharing them out costs more than it saves
 
 
@@ -201,7 +201,7 @@ class Communicator:
             return _ops.wait_tensor(_ops.reduce_scatter_tensor(rows, "sum", self.size, self.name))[None]
         self._count("reduce_scatter", rows)
         share = rows.new_empty(n, *rows.shape[1:])
-        _reduce_scatter(share, rows, group=self.group)
+        reduce_scatter(share, rows, group=self.group)
         return share[None]
 
     def _gathered(self, rows: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Communicator:
             return _ops.wait_tensor(_ops.all_gather_into_tensor(rows, self.size, self.name))
         self._count("all_gather", rows)
         whole = rows.new_empty(self.size * len(rows), *rows.shape[1:])
-        _all_gather(whole, rows, group=self.group)
+        all_gather(whole, rows, group=self.group)
         return whole
 
     def _count(self, what: str, x: Tensor) -> None:

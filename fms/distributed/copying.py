@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
-from fms.distributed.communicator import SWITCH
+from fms.distributed.communicator import SWITCH, all_gather, reduce_scatter
+from fms.distributed.symmetric import agreed, of_all
 from fms.kernels.sum_parts import sum_parts
 
 log = logging.getLogger(__name__)
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Block:
@@ -94,7 +93,7 @@ class Gather(_Copies, AllGather):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         """The input is this rank's part of the output already."""
         if (block := self.block(output_tensor, group)) is None:
-            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+            return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
         shards = output_tensor.view(self.size, -1)
         block.barrier()
         for rank in self.others:
@@ -126,7 +125,7 @@ class Scatter(_Copies, ReduceScatter):
         mean = op == dist.ReduceOp.AVG  # which may be of another class, and says so on the left only
         if block is None or not (mean or op == dist.ReduceOp.SUM):
             parts = input_tensor.to(output_tensor.dtype)
-            return _reduce_scatter(output_tensor, parts, op=op, group=group, async_op=async_op)
+            return reduce_scatter(output_tensor, parts, op=op, group=group, async_op=async_op)
         ours = input_tensor.view(self.size, -1)
         theirs = torch.empty_like(ours[1:])
         block.barrier()
@@ -181,7 +180,7 @@ def _pool(group: dist.ProcessGroup) -> tuple[Pool | None, str]:
         return None, why
     gc.collect()
     torch.cuda.synchronize(device)  # whatever stream used the memory
-    everyone = _of_all(group, [pool.idle() for pool in pools])
+    everyone = of_all(group, [pool.idle() for pool in pools])
     pool = next((pool for pool, *idle in zip(pools, *everyone, strict=True) if all(idle)), None)
     if pool is None:
         pools.append(pool := Pool(_maker(group, device), _stream))
@@ -191,14 +190,14 @@ def _pool(group: dist.ProcessGroup) -> tuple[Pool | None, str]:
 
 
 def _tried(group: dist.ProcessGroup, device: torch.device) -> tuple[list[Pool], str]:
-    if len(set(_of_all(group, socket.gethostname()))) > 1:
+    if len(set(of_all(group, socket.gethostname()))) > 1:
         return [], "copies are within one machine"
     pool = Pool(_maker(group, device), _stream)
     try:
         why = _check(pool, group, device)
     except (RuntimeError, ValueError) as error:
-        why = f"copies: {error}".partition("\n")[0]
-    why = next(filter(None, _of_all(group, why)), "")
+        why = f"copies: {error}"
+    why = agreed(group, why)
     return [] if why else [pool], why
 
 
@@ -220,12 +219,6 @@ def _check(pool: Pool, group: dist.ProcessGroup, device: torch.device) -> str:
             wrong = f"copies: a wrong sum of {dtype}"
         del whole, shards
     return wrong
-
-
-def _of_all(group: dist.ProcessGroup, given: Any) -> list[Any]:
-    found: list[Any] = [None] * group.size()
-    dist.all_gather_object(found, given, group=group)
-    return found
 
 
 def _stream() -> int:

@@ -85,9 +85,7 @@ def set_up(group: dist.ProcessGroup, device_type: str) -> tuple[SymmetricMemory 
     if device_type != "cuda":
         return None, f"symmetric memory is between GPUs, not on {device_type}"
     if group not in _known:
-        machines: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(machines, socket.gethostname(), group=group)
-        if len(set(machines)) > 1:
+        if len(set(of_all(group, socket.gethostname()))) > 1:
             _known[group] = None, "symmetric memory is within one machine"
         else:
             with torch.inference_mode(False):  # buffers of it could not be written to outside of it
@@ -106,22 +104,27 @@ def _made(group: dist.ProcessGroup, device: torch.device) -> tuple[SymmetricMemo
         symmetric = SymmetricMemory(group, device)
     except (RuntimeError, ValueError) as error:
         why = f"symmetric memory: {error}"
-    if why := _agreed(group, why):
+    if why := agreed(group, why):
         return None, why
     assert symmetric is not None
     try:
         why = symmetric.check(dist.get_rank(group), dist.get_world_size(group))
     except RuntimeError as error:  # of an operation that is not there
         why = f"symmetric memory: {error}"
-    why = _agreed(group, why)
+    why = agreed(group, why)
     return (None, why) if why else (symmetric, "")
 
 
-def _agreed(group: dist.ProcessGroup, why: str) -> str:
+def agreed(group: dist.ProcessGroup, why: str) -> str:
     """The first rank's reason that has one."""
-    reasons: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(reasons, why.partition("\n")[0], group=group)
-    return next(filter(None, reasons), "")
+    return next(filter(None, of_all(group, why.partition("\n")[0])), "")
+
+
+def of_all(group: dist.ProcessGroup, given: Any) -> list[Any]:
+    """What each rank of the group has given."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, given, group=group)
+    return found
 
 
 def _shared(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, list[int]]:

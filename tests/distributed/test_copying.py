@@ -189,8 +189,8 @@ def test_the_check() -> None:
 
 def test_what_is_not_known_is_left_to_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[Any] = []
-    monkeypatch.setattr(copying, "_all_gather", lambda *args, **kwargs: left.append(kwargs))
-    monkeypatch.setattr(copying, "_reduce_scatter", lambda *args, **kwargs: left.append(kwargs))
+    monkeypatch.setattr(copying, "all_gather", lambda *args, **kwargs: left.append(kwargs))
+    monkeypatch.setattr(copying, "reduce_scatter", lambda *args, **kwargs: left.append(kwargs))
     pool, ours, another = Pool(block, lambda: 0), group(0, 2), group(0, 2, "another")
     gather, scatter = Gather(pool, ours), Scatter(pool, ours)
     whole, mine = pool.take(8, torch.float32), torch.empty(4)
@@ -251,7 +251,7 @@ def by_files(where: str, pools: list[Pool]) -> Any:
 
 def trained_by_copies(world: Any, where: str, layout: str) -> Any:
     pools: list[Pool] = []
-    fails = patch.multiple(copying, _all_gather=None, _reduce_scatter=None)  # all must go by copies
+    fails = patch.multiple(copying, all_gather=None, reduce_scatter=None)  # all must go by copies
     with by_files(where, pools), fails:
         made = trained(world, TIED, layout)
     return (*made, len(pools[0].blocks), all(b.free() for b in pools[0].blocks.values()))
