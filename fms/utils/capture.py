@@ -44,6 +44,7 @@ class CapturedStep:
             self.seen = torch.zeros(cache.batch, model.config.src_vocab_size, dtype=torch.bool, device=cache.device)
         self.angles: Tensor | None = None  # (2, b or 1, max_len, 1, head_dim): cos and sin of all positions
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: Any = None  # on which it last ran
         self.lasts = True  # no collective of NCCL's is in it, which waits at its end for all graphs that it is in
 
     @property
@@ -147,7 +148,7 @@ def keep(step: CapturedStep) -> None:
     """Let the model's next generation have a step, if its cache is not too large to lie there until then."""
     layers = step.cache.layers
     if step.lasts and isinstance(step.cache, StaticCache) and len(layers) * 2 * layers[0].k.nbytes <= KEPT:
-        _kept[step.model] = step
+        _kept[step.model], step.stream = step, _stream(step.cache)
         step.model = None  # or neither would ever be freed
 
 
@@ -156,6 +157,8 @@ def kept(model: Any, rows: int, length: int, how: Sampling, eos: Collection[int]
     step = _kept.pop(model, None)
     if step is None or step.cache.batch != rows or step.cache.max_len < length:
         return None
+    if step.stream != _stream(step.cache):
+        return None  # where it may still run ahead
     step.model = model
     if (step.how, step.eos, step.kind) != (how, sorted(eos), step._kind()):
         return None
@@ -168,6 +171,10 @@ def kept(model: Any, rows: int, length: int, how: Sampling, eos: Collection[int]
 def forget(model: Any) -> None:
     """Give up what the model's last generation has kept."""
     _kept.pop(model, None)
+
+
+def _stream(cache: StaticCache | RollingCache) -> Any:
+    return torch.cuda.current_stream(cache.device) if cache.device.type == "cuda" else None
 
 
 def _made_of(model: Any) -> list[int]:

@@ -279,6 +279,10 @@ def test_what_a_step_does_not_serve() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert not found()
     step = made()
+    keep(step)
+    step.stream = "another"
+    assert not found()
+    step = made()
     model.compiled = "blocks"  # type: ignore[assignment]
     keep(step)
     assert not found()
