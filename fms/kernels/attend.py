@@ -12,7 +12,8 @@ from fms.kernels.ops import define
 from fms.kernels.skinny import HALF, epsilon, machine, passes, power, start
 
 PARTS = 64  # the most that a row's keys are split into
-BLOCK = 64  # keys that are read at once
+BLOCK = 64  # keys that are read at once, half of them where programs would have to wait for others to end
+PART = 64  # keys from which on a row's are split
 PLANNED = 2048  # tokens from which on cuDNN's attention is worth the tens of milliseconds it plans for each new length
 Angles = tuple[Tensor, Tensor]  # cos, sin: (b or 1, s, 1, head_dim); the first half of sin is negated
 Norms = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of query heads and of key heads
@@ -32,7 +33,7 @@ class Scratch:
         known = machine(keys.device)
         assert known is not None
         pairs = keys.shape[0] * keys.shape[1]
-        wanted = min(32 * known.multiprocessors // pairs, -(-keys.shape[2] // BLOCK), PARTS)
+        wanted = min(32 * known.multiprocessors // pairs, -(-keys.shape[2] // PART), PARTS)
         self.splits = power(max(wanted, 1))
         self.counts = torch.zeros(pairs, dtype=torch.int32, device=keys.device)
         self.parts = keys.new_empty(pairs * self.splits * group * (keys.shape[3] + 2), dtype=torch.float32)
@@ -253,7 +254,9 @@ def attend_step(
 
     def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
         tile = 1 if group == 1 else 16  # query heads a program
-        return (b * kvheads * -(-group // tile), splits), {
+        rows = b * kvheads * -(-group // tile)
+        crowd = rows * splits
+        return (rows, splits), {
             "KV": kvheads,
             "G": group,
             "GP": tile,
@@ -261,7 +264,9 @@ def attend_step(
             "HP": max(16, power(head_dim // 2)),
             "DP": max(16, power(head_dim)),
             "SPLITS": splits,
-            "BLOCK": BLOCK,
+            "PART": PART,
+            "BLOCK": BLOCK if group > 1 or crowd <= 8 * known.multiprocessors else BLOCK // 2,
+            "STAGES": 2 if group == 1 else 3,
             "GB": max(min(8192 // splits // power(head_dim), power(group)), 1),
             "ROPE": cos is not None,
             "NORM": q_norm is not None,

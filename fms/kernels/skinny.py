@@ -13,6 +13,7 @@ from fms.kernels.ops import define
 from fms.kernels.weights import Weights
 
 ROWS = 32  # the most that the kernels take; from there on cuBLAS is as fast
+REGISTERS = 1 << 16  # of a multiprocessor
 HALF = (torch.float16, torch.bfloat16)
 FUNCTIONS: list[Any] = [lambda x: x, F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu]
 
@@ -141,22 +142,25 @@ def choose(rows: int, n: int, k: int, norm: int, gated: bool, processors: int) -
         else:
             bn, bk, stages, warps = 32, 128 if n > 8192 and m == 16 else 256, 5, 2 if m == 16 else 4
         return Choice("tile", {"M": m, "BN": bn, "BK": bk, "STAGES": stages}, warps)
-    if k == power(k) <= 8192 or k < 2048 or (norm and k <= 8192):
+    if k <= 8192:
         read = parts(k)
-        large = n * k > 100 << 20
-        if read["KQ"] > 1:
-            bn, per, stages, warps = 1, 3 if gated else 8, 3, 4
-        elif gated:
-            bn, per, stages, warps = (2, 2, 3, 4) if large else (1, 4, 3, 4)
-        else:
-            bn, per, stages, warps = (2, 4, 3, 8) if large else (2, 8 if n > 8192 else 4, 1, 4)
-        return Choice("stream", read | {"BN": bn, "GRID": processors * per, "STAGES": stages}, warps)
+        warps = 4 if read["KP"] <= 4096 else 8
+        per, stages, at_once = 16 // warps, 3, 2048 * warps // (1 + gated)  # elements of a weight's rows
+        if read["KQ"] > 1024:  # what a thread keeps of x leaves registers for no more
+            per -= 1
+        if norm and not gated and read["KQ"] == 1:
+            per, stages, at_once = per + (warps == 4), 4, at_once // 2
+        rows_at_once = max(1, min(at_once // read["KP"], n // (per * processors)))
+        sizes = {"BN": power(rows_at_once + 1) // 2, "GRID": processors * per, "STAGES": stages}
+        return Choice("stream", read | sizes, warps)
     if norm == 2:
         return None
-    if gated or k < 8192:
+    if gated:
         return Choice("walk", {"BK": 1024, "BN": 2, "STAGES": 0}, 4)
     if n <= 8 * 4 * processors:  # all programs are there at once
         return Choice("walk", {"BK": 512, "BN": 8, "STAGES": 4}, 4)
+    if k <= 16384 and not norm:
+        return Choice("stream", parts(k) | {"BN": 2, "GRID": processors, "STAGES": 3}, 8)
     return Choice("walk", {"BK": 1024, "BN": 4, "STAGES": 4}, 4)
 
 
@@ -192,9 +196,9 @@ def launch(
         made = choose(rows, n, k, 0, gated, m.multiprocessors)
         assert made is not None
     form, numbers, warps = made
-    tensors = (weight, x if bias is None else bias, x if residual is None else residual.contiguous(), y)
+    others = (weight, x if bias is None else bias, x if residual is None else residual.contiguous(), y, rows)
     norms = (x if norm_weight is None else norm_weight, x if norm_bias is None else norm_bias)
-    given = (x, *tensors, rows, float(scale)) if form == "tile" else (x, *norms, *tensors, float(eps), float(scale))
+    given = (x, *others, float(scale)) if form == "tile" else (x, *norms, *others, float(eps), float(scale))
 
     def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
         programs = -(-n // numbers["BN"])
@@ -202,9 +206,10 @@ def launch(
         found |= {"ADD": residual is not None, "EARLY": m.early, "num_warps": warps}
         if form == "stream":
             programs = min(programs, numbers["GRID"])
-            found["GRID"] = programs
+            each = max(numbers["GRID"] // m.multiprocessors, 1)  # programs on a multiprocessor, all there at once
+            found |= {"GRID": programs, "maxnreg": min(REGISTERS // (each * 32 * warps) // 8 * 8, 255)}
         if form != "tile":
-            found |= {"ROWS": rows, "NORM": norm}
+            found["NORM"] = norm
         return (programs,), found
 
     start(getattr(kernels, form), given, sizes, key)

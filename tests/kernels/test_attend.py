@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.kernels.attend import BLOCK, Scratch, Step, attend, attend_packed, rotate, serves_flash
+from fms.kernels.attend import PART, Scratch, Step, attend, attend_packed, rotate, serves_flash
 from fms.kernels.skinny import Machine, _machines
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
@@ -125,7 +125,7 @@ def test_against_fp32(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_a_thousand_runs_agree(kvheads: int, group: int) -> None:
     k, v = (torch.randn(2, kvheads, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv")
-    step = Step(torch.tensor([2000, BLOCK + 1], device="cuda"), 2048, Scratch(k, group), even=False)
+    step = Step(torch.tensor([2000, PART + 1], device="cuda"), 2048, Scratch(k, group), even=False)
     qkv = torch.randn(2, 1, (group + 2) * kvheads * 128, device="cuda", dtype=torch.bfloat16)
     layer: Any = SimpleNamespace(k=k, v=v, step=step)
     once = attend_packed(qkv, kvheads, 128, None, None, layer)

@@ -6,8 +6,9 @@ last to arrive joins all parts; it alone sees the counter full, and empties it. 
 written: the new key and value come from registers. How many keys a row has is read on the device, so that a graph can
 be replayed.
 
-The first block of keys is fetched before the kernel ahead has ended. What wrote it ended long ago: every step begins
-with kernels that are not launched early, and these wait for all before them.
+The first blocks of keys are fetched before the kernel ahead has ended: the wait for it is in the first round of the
+loop over blocks, whose stages the compiler fills before. What wrote these keys ended long ago: every step begins with
+kernels that are not launched early, and these wait for all before them.
 """
 
 # ruff: noqa: N803, N806 (what is known when a kernel is compiled is written in capitals)
@@ -80,8 +81,8 @@ def attend(
     qkv, k, v, cos, sin, positions, q_norm, k_norm, parts, counts, out, angle_stride, position_stride, slots, capacity,
     scale, eps,
     KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, GB: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
-    EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GB: tl.constexpr,
+    ROPE: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (G + GP - 1) // GP
     pair, tile, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
@@ -93,47 +94,50 @@ def attend(
     place = tl.load(positions + row * position_stride).to(tl.int32)
     hole = place % capacity
     limit = tl.minimum(place, capacity)
-    used = tl.maximum(tl.minimum(SPLITS, tl.cdiv(limit, BLOCK)), 1)
+    used = tl.maximum(tl.minimum(SPLITS, tl.cdiv(limit, PART)), 1)
     if split < used:
         size = tl.cdiv(limit, used)
         start, end = split * size, tl.minimum(split * size + size, limit)
         k += pair.to(tl.int64) * slots * D
         v += pair.to(tl.int64) * slots * D
-        k1, k2, vs, seen = block(k, v, start + tl.arange(0, BLOCK), end, hole, e, d, HALF, D)
-        early(EARLY)
-        base = qkv + row * WIDTH
+        base, g = qkv + row * WIDTH, tile * GP + tl.arange(0, GP)
         c, s = tl.full((HP,), 1.0, tl.float32), tl.zeros((HP,), tl.float32)
-        if ROPE:
-            c = vector(cos + row * angle_stride, e, e < HALF)
-            s = vector(sin + row * angle_stride + HALF, e, e < HALF)
         if G == 1:
-            n1, n2 = vector(base + head * D, e, e < HALF), vector(base + head * D + HALF, e, e < HALF)
-            if NORM:
-                factor = factor_of(n1, n2, eps, HALF, 0)
-                n1, n2 = n1 * factor * vector(q_norm, e, e < HALF), n2 * factor * vector(q_norm + HALF, e, e < HALF)
-            q1 = (n1 * c - n2 * s).to(k1.dtype).to(tl.float32) * scale * 1.4426950408889634
-            q2 = (n2 * c + n1 * s).to(k1.dtype).to(tl.float32) * scale * 1.4426950408889634
+            q1, q2 = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
             best, total, acc = tl.full((), -1e30, tl.float32), tl.zeros((), tl.float32), tl.zeros((DP,), tl.float32)
-            best, total, acc = fold_one(q1, q2, k1, k2, vs, seen, best, total, acc)
-            for t in tl.range(start + BLOCK, end, BLOCK):
-                k1, k2, vs, seen = block(k, v, t + tl.arange(0, BLOCK), end, hole, e, d, HALF, D)
-                best, total, acc = fold_one(q1, q2, k1, k2, vs, seen, best, total, acc)
         else:
-            g = tile * GP + tl.arange(0, GP)
-            at, inside = (head * G + g)[:, None] * D + e[None, :], (g[:, None] < G) & (e[None, :] < HALF)
-            n1, n2 = vector(base, at, inside), vector(base + HALF, at, inside)
-            if NORM:
-                factor = factor_of(n1, n2, eps, HALF, 1)[:, None]
-                n1 = n1 * factor * vector(q_norm, e, e < HALF)[None, :]
-                n2 = n2 * factor * vector(q_norm + HALF, e, e < HALF)[None, :]
-            scale *= 1.4426950408889634
-            # scaled before they are rounded: products of halves leave no other place
-            q1 = ((n1 * c[None, :] - n2 * s[None, :]) * scale).to(k1.dtype)
-            q2 = ((n2 * c[None, :] + n1 * s[None, :]) * scale).to(k1.dtype)
-            best, p = weights_of(q1, q2, k1, k2, seen, tl.full((GP,), -1e30, tl.float32))
-            total, acc = tl.sum(p, 1), tl.dot(p.to(vs.dtype), vs)
-            for t in tl.range(start + BLOCK, end, BLOCK):
-                k1, k2, vs, seen = block(k, v, t + tl.arange(0, BLOCK), end, hole, e, d, HALF, D)
+            q1, q2 = tl.zeros((GP, HP), k.dtype.element_ty), tl.zeros((GP, HP), k.dtype.element_ty)
+            best, total = tl.full((GP,), -1e30, tl.float32), tl.zeros((GP,), tl.float32)
+            acc = tl.zeros((GP, DP), tl.float32)
+        for t in tl.range(start, tl.maximum(end, start + 1), BLOCK, num_stages=STAGES):
+            k1, k2, vs, seen = block(k, v, t + tl.arange(0, BLOCK), end, hole, e, d, HALF, D)
+            if t == start:
+                early(EARLY)
+                if ROPE:
+                    c = vector(cos + row * angle_stride, e, e < HALF)
+                    s = vector(sin + row * angle_stride + HALF, e, e < HALF)
+                if G == 1:
+                    n1, n2 = vector(base + head * D, e, e < HALF), vector(base + head * D + HALF, e, e < HALF)
+                    if NORM:
+                        factor = factor_of(n1, n2, eps, HALF, 0)
+                        n1 = n1 * factor * vector(q_norm, e, e < HALF)
+                        n2 = n2 * factor * vector(q_norm + HALF, e, e < HALF)
+                    q1 = (n1 * c - n2 * s).to(k1.dtype).to(tl.float32) * scale * 1.4426950408889634
+                    q2 = (n2 * c + n1 * s).to(k1.dtype).to(tl.float32) * scale * 1.4426950408889634
+                else:
+                    at, inside = (head * G + g)[:, None] * D + e[None, :], (g[:, None] < G) & (e[None, :] < HALF)
+                    n1, n2 = vector(base, at, inside), vector(base + HALF, at, inside)
+                    if NORM:
+                        factor = factor_of(n1, n2, eps, HALF, 1)[:, None]
+                        n1 = n1 * factor * vector(q_norm, e, e < HALF)[None, :]
+                        n2 = n2 * factor * vector(q_norm + HALF, e, e < HALF)[None, :]
+                    # scaled before they are rounded: products of halves leave no other place
+                    factors = scale * 1.4426950408889634
+                    q1 = ((n1 * c[None, :] - n2 * s[None, :]) * factors).to(k1.dtype)
+                    q2 = ((n2 * c[None, :] + n1 * s[None, :]) * factors).to(k1.dtype)
+            if G == 1:
+                best, total, acc = fold_one(q1, q2, k1, k2, vs, seen, best, total, acc)
+            else:
                 new, p = weights_of(q1, q2, k1, k2, seen, best)
                 keep = tl.exp2(best - new)
                 best, total = new, total * keep + tl.sum(p, 1)
@@ -144,7 +148,7 @@ def attend(
             if NORM:
                 level = factor_of(r1, r2, eps, HALF, 0)
                 r1, r2 = r1 * level * vector(k_norm, e, e < HALF), r2 * level * vector(k_norm + HALF, e, e < HALF)
-            m1, m2 = (r1 * c - r2 * s).to(k1.dtype), (r2 * c + r1 * s).to(k1.dtype)
+            m1, m2 = (r1 * c - r2 * s).to(k.dtype.element_ty), (r2 * c + r1 * s).to(k.dtype.element_ty)
             nv = tl.load(new + KV * D + d, mask=d < D, other=0.0)
             tl.store(k + hole * D + e, m1, mask=(e < HALF) & (tile == 0))
             tl.store(k + hole * D + HALF + e, m2, mask=(e < HALF) & (tile == 0))

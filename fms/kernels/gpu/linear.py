@@ -2,11 +2,17 @@
 
 `y = residual + scale * (act(norm(x) @ w.T + bias))`, gated: `act(gate) * up` with the rows of gate above those of up.
 Three forms. `stream`: one or two rows, kept in registers while the weight's rows flow past. `walk`: the same block by
-block, for rows too wide for that, or of a width far from a power of two. `tile`: up to 32 rows, on tensor cores,
-normalised beforehand: in every program anew, that took as long as the product.
+block, for rows too wide for that. `tile`: up to 32 rows, on tensor cores, normalised beforehand: in every program anew,
+that took as long as the product.
+
+A single row is computed as two are, twice. Reading takes as long, and a program that took fewer registers would leave
+room for others where there is none to be: of programs that stay to the end, as many as fit are to be on each
+multiprocessor, or some get more of them than others, and all wait for these.
 
 Each kernel may be launched before the one it depends on has ended (programmatic dependent launch). It fetches its first
-weights meanwhile; all that an earlier kernel wrote is read, and everything is written, behind `gdc_wait`.
+weights meanwhile; all that an earlier kernel wrote is read, and everything is written, behind `gdc_wait`. In `stream`
+the wait is part of the loop's first round, so that the loop's stages are filled before it. The compiler fills stages
+with every load that stands in the loop itself: what an earlier kernel wrote is loaded in a branch of it.
 """
 
 # ruff: noqa: N803, N806 (what is known when a kernel is compiled is written in capitals)
@@ -19,10 +25,11 @@ from fms.kernels.gpu.parts import activate, early, fetch, vector
 
 @triton.jit
 def finish(
-    y, bias, residual, n, row, r, u, scale,
+    y, bias, before, n, row, r, u, scale,
     N: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Store one row's outputs n: r is what the linear layer (or its gate) gave, u what the up half gave."""
+    """Store one row's outputs n: r is what the linear layer (or its gate) gave, u what the up half gave, `before` the
+    residual."""
     if BIAS:
         r += vector(bias, n, n < N)
         if GLU:
@@ -31,7 +38,7 @@ def finish(
     if GLU:
         r *= u
     if ADD:
-        r = vector(residual + row * N, n, n < N) + scale * r
+        r = before + scale * r
     tl.store(y + row * N + n, r.to(y.dtype.element_ty), mask=n < N)
 
 
@@ -55,114 +62,94 @@ def normalised(x1, x2, g1, g2, b1, b2, k1, k2, eps, K: tl.constexpr, LAYER: tl.c
 
 
 @triton.jit
-def rows_times(w1, w2, a1, a2, b1, b2, fa, fb, ROWS: tl.constexpr, TWO: tl.constexpr):
+def rows_times(w1, w2, a1, a2, b1, b2, fa, fb, TWO: tl.constexpr):
     """Fetched rows of a weight, in two parts, times the rows a and b."""
     w1 = w1.to(tl.float32)
-    ra = tl.sum(w1 * a1[None, :], 1)
-    rb = ra
-    if ROWS == 2:
-        rb = tl.sum(w1 * b1[None, :], 1)
+    ra, rb = tl.sum(w1 * a1[None, :], 1), tl.sum(w1 * b1[None, :], 1)
     if TWO:
         w2 = w2.to(tl.float32)
         ra += tl.sum(w2 * a2[None, :], 1)
-        if ROWS == 2:
-            rb += tl.sum(w2 * b2[None, :], 1)
+        rb += tl.sum(w2 * b2[None, :], 1)
     return ra * fa, rb * fb
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def stream(
-    x, g, b, w, bias, residual, y, eps, scale,
-    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, KQ: tl.constexpr, BN: tl.constexpr,
+    x, g, b, w, bias, residual, y, rows, eps, scale,
+    N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, KQ: tl.constexpr, BN: tl.constexpr,
     GRID: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     TWO: tl.constexpr = KQ > 1
-    k1, k2, n = tl.arange(0, KP), KP + tl.arange(0, KQ), tl.program_id(0) * BN + tl.arange(0, BN)
-    w1 = fetch(w, n, k1, N, K)
-    w2, u1, u2 = w1, w1, w1
-    if TWO:
-        w2 = fetch(w, n, k2, N, K)
-    if GLU:
-        u1 = fetch(w + N * K, n, k1, N, K)
-        if TWO:
-            u2 = fetch(w + N * K, n, k2, N, K)
-    g1, g2 = tl.zeros((KP,), tl.float32), tl.zeros((KQ,), tl.float32)
-    c1, c2 = g1, g2
-    if NORM > 0:
-        g1, g2 = vector(g, k1, k1 < K), vector(g, k2, k2 < K)
-    if NORM == 2:
-        c1, c2 = vector(b, k1, k1 < K), vector(b, k2, k2 < K)
-    early(EARLY)
-    a1, a2 = vector(x, k1, k1 < K), vector(x, k2, k2 < K)
+    last = rows - 1
+    k1, k2, first = tl.arange(0, KP), KP + tl.arange(0, KQ), tl.program_id(0) * BN
+    a1, a2 = tl.zeros((KP,), tl.float32), tl.zeros((KQ,), tl.float32)
     b1, b2 = a1, a2
-    fa, fb = 1.0, 1.0
-    if ROWS == 2:
-        b1, b2 = vector(x + K, k1, k1 < K), vector(x + K, k2, k2 < K)
-    if NORM > 0:
-        a1, a2, fa = normalised(a1, a2, g1, g2, c1, c2, k1, k2, eps, K, NORM == 2, TWO)
-        if ROWS == 2:
-            b1, b2, fb = normalised(b1, b2, g1, g2, c1, c2, k1, k2, eps, K, NORM == 2, TWO)
-    ra, rb = rows_times(w1, w2, a1, a2, b1, b2, fa, fb, ROWS, TWO)
-    ua, ub = ra, rb
-    if GLU:
-        ua, ub = rows_times(u1, u2, a1, a2, b1, b2, fa, fb, ROWS, TWO)
-    finish(y, bias, residual, n, 0, ra, ua, scale, N, ACT, GLU, BIAS, ADD)
-    if ROWS == 2:
-        finish(y, bias, residual, n, 1, rb, ub, scale, N, ACT, GLU, BIAS, ADD)
-    for at in tl.range(tl.program_id(0) * BN + GRID * BN, N, GRID * BN, num_stages=STAGES):
-        m = at + tl.arange(0, BN)
-        v1 = fetch(w, m, k1, N, K)
-        v2 = v1
+    fa = tl.full((), 1.0, tl.float32)
+    fb = fa
+    for at in tl.range(first, N, GRID * BN, num_stages=STAGES):
+        n = at + tl.arange(0, BN)
+        w1 = fetch(w, n, k1, N, K)
+        w2, u1, u2 = w1, w1, w1
         if TWO:
-            v2 = fetch(w, m, k2, N, K)
-        ra, rb = rows_times(v1, v2, a1, a2, b1, b2, fa, fb, ROWS, TWO)
+            w2 = fetch(w, n, k2, N, K)
+        if GLU:
+            u1 = fetch(w + N * K, n, k1, N, K)
+            if TWO:
+                u2 = fetch(w + N * K, n, k2, N, K)
+        if at == first:
+            early(EARLY)
+            a1, a2 = vector(x, k1, k1 < K), vector(x, k2, k2 < K)
+            b1, b2 = vector(x + last * K, k1, k1 < K), vector(x + last * K, k2, k2 < K)
+            if NORM > 0:
+                g1, g2 = vector(g, k1, k1 < K), vector(g, k2, k2 < K)
+                c1, c2 = g1, g2
+                if NORM == 2:
+                    c1, c2 = vector(b, k1, k1 < K), vector(b, k2, k2 < K)
+                a1, a2, fa = normalised(a1, a2, g1, g2, c1, c2, k1, k2, eps, K, NORM == 2, TWO)
+                b1, b2, fb = normalised(b1, b2, g1, g2, c1, c2, k1, k2, eps, K, NORM == 2, TWO)
+        before_a, before_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+        if ADD and at < N:  # which it always is: for a branch, see above
+            before_a, before_b = vector(residual, n, n < N), vector(residual + last * N, n, n < N)
+        ra, rb = rows_times(w1, w2, a1, a2, b1, b2, fa, fb, TWO)
         ua, ub = ra, rb
         if GLU:
-            v1 = fetch(w + N * K, m, k1, N, K)
-            if TWO:
-                v2 = fetch(w + N * K, m, k2, N, K)
-            ua, ub = rows_times(v1, v2, a1, a2, b1, b2, fa, fb, ROWS, TWO)
-        finish(y, bias, residual, m, 0, ra, ua, scale, N, ACT, GLU, BIAS, ADD)
-        if ROWS == 2:
-            finish(y, bias, residual, m, 1, rb, ub, scale, N, ACT, GLU, BIAS, ADD)
+            ua, ub = rows_times(u1, u2, a1, a2, b1, b2, fa, fb, TWO)
+        finish(y, bias, before_a, n, 0, ra, ua, scale, N, ACT, GLU, BIAS, ADD)
+        finish(y, bias, before_b, n, last, rb, ub, scale, N, ACT, GLU, BIAS, ADD)
 
 
 @triton.jit
-def step_of(w, x, g, n, k, ra, rb, ua, ub, sa, sb, ROWS, N, K, NORM, GLU, fetched, fetched_up):
+def step_of(x, g, k, last, ra, rb, ua, ub, sa, sb, K, NORM, GLU, fetched, fetched_up):
     """A block of columns k: its products added to the rows' sums, elementwise, and the squares of x to theirs."""
     inside = k < K
     wf = fetched.to(tl.float32)
     uf = wf
     if GLU:
         uf = fetched_up.to(tl.float32)
-    xa = vector(x, k, inside)
+    xa, xb = vector(x, k, inside), vector(x + last * K, k, inside)
     if NORM == 1:
         weight = vector(g, k, inside)
         sa += xa * xa
+        sb += xb * xb
         xa *= weight
+        xb *= weight
     ra += wf * xa[None, :]
+    rb += wf * xb[None, :]
     if GLU:
         ua += uf * xa[None, :]
-    if ROWS == 2:
-        xb = vector(x + K, k, inside)
-        if NORM == 1:
-            sb += xb * xb
-            xb *= weight
-        rb += wf * xb[None, :]
-        if GLU:
-            ub += uf * xb[None, :]
+        ub += uf * xb[None, :]
     return ra, rb, ua, ub, sa, sb
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def walk(
-    x, g, b, w, bias, residual, y, eps, scale,
-    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    x, g, b, w, bias, residual, y, rows, eps, scale,
+    N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    k, n = tl.arange(0, BK), tl.program_id(0) * BN + tl.arange(0, BN)
+    k, n, last = tl.arange(0, BK), tl.program_id(0) * BN + tl.arange(0, BN), rows - 1
     w0 = fetch(w, n, k, N, K)
     u0 = w0
     if GLU:
@@ -178,21 +165,23 @@ def walk(
                 w0 = fetch(w, n, at + BK + k, N, K)
                 if GLU:
                     u0 = fetch(w + N * K, n, at + BK + k, N, K)
-            ra, rb, ua, ub, sa, sb = step_of(w, x, g, n, at + k, ra, rb, ua, ub, sa, sb, ROWS, N, K, NORM, GLU, w1, u1)
+            ra, rb, ua, ub, sa, sb = step_of(x, g, at + k, last, ra, rb, ua, ub, sa, sb, K, NORM, GLU, w1, u1)
     else:
-        ra, rb, ua, ub, sa, sb = step_of(w, x, g, n, k, ra, rb, ua, ub, sa, sb, ROWS, N, K, NORM, GLU, w0, u0)
+        ra, rb, ua, ub, sa, sb = step_of(x, g, k, last, ra, rb, ua, ub, sa, sb, K, NORM, GLU, w0, u0)
         for at in tl.range(BK, K, BK, num_stages=STAGES):
             w1 = fetch(w, n, at + k, N, K)
             u1 = w1
             if GLU:
                 u1 = fetch(w + N * K, n, at + k, N, K)
-            ra, rb, ua, ub, sa, sb = step_of(w, x, g, n, at + k, ra, rb, ua, ub, sa, sb, ROWS, N, K, NORM, GLU, w1, u1)
+            ra, rb, ua, ub, sa, sb = step_of(x, g, at + k, last, ra, rb, ua, ub, sa, sb, K, NORM, GLU, w1, u1)
     fa, fb = 1.0, 1.0
     if NORM == 1:
         fa, fb = tl.rsqrt(tl.sum(sa, 0) / K + eps), tl.rsqrt(tl.sum(sb, 0) / K + eps)
-    finish(y, bias, residual, n, 0, tl.sum(ra, 1) * fa, tl.sum(ua, 1) * fa, scale, N, ACT, GLU, BIAS, ADD)
-    if ROWS == 2:
-        finish(y, bias, residual, n, 1, tl.sum(rb, 1) * fb, tl.sum(ub, 1) * fb, scale, N, ACT, GLU, BIAS, ADD)
+    before_a, before_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    if ADD:
+        before_a, before_b = vector(residual, n, n < N), vector(residual + last * N, n, n < N)
+    finish(y, bias, before_a, n, 0, tl.sum(ra, 1) * fa, tl.sum(ua, 1) * fa, scale, N, ACT, GLU, BIAS, ADD)
+    finish(y, bias, before_b, n, last, tl.sum(rb, 1) * fb, tl.sum(ub, 1) * fb, scale, N, ACT, GLU, BIAS, ADD)
 
 
 @triton.jit
