@@ -15,6 +15,7 @@ PARTS = 64  # the most that a row's keys are split into
 BLOCK = 64  # keys that are read at once, half of them where programs would have to wait for others to end
 PART = 64  # keys from which on a row's are split
 PLANNED = 2048  # tokens from which on cuDNN's attention is worth the tens of milliseconds it plans for each new length
+OFTEN = 1000  # calls with fewer tokens, all of one shape, after which they have lost as much time as planning takes
 Angles = tuple[Tensor, Tensor]  # cos, sin: (b or 1, s, 1, head_dim); the first half of sin is negated
 Norms = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of query heads and of key heads
 
@@ -159,7 +160,8 @@ def _weigh(
         return out.reshape(b, 1, heads * d)
     later = mask is None and getattr(layer, "later", False)
     learns = torch.is_grad_enabled() and q.requires_grad
-    if mask is None and not learns and (later or s < PLANNED) and k.dtype == q.dtype and serves_flash(k):
+    by_name = mask is None and not learns and k.dtype == q.dtype and serves_flash(k)
+    if by_name and (later or (s < PLANNED and not _comes_often(q, k))):
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, scale=scale)[0]
         return out.transpose(1, 2).flatten(2)
     if later:
@@ -172,6 +174,20 @@ def _weigh(
         q, k, v, mask, dropout, is_causal=causal and mask is None, scale=scale, enable_gqa=group > 1
     )
     return out.transpose(1, 2).flatten(2)
+
+
+_calls: dict[tuple[Any, ...], int] = {}
+
+
+def _comes_often(q: Tensor, k: Tensor) -> bool:
+    """Whether this shape has come so often that a plan for it is worth it."""
+    if torch.compiler.is_compiling():
+        return False
+    shape = q.device, q.dtype, q.shape, k.shape[1]
+    if len(_calls) > OFTEN:
+        _calls.clear()
+    calls = _calls[shape] = _calls.get(shape, 0) + 1
+    return calls > OFTEN
 
 
 def _simple(qkv: Tensor, norms: Norms | None) -> bool:

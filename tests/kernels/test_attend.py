@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms.kernels import attend as kernel
 from fms.kernels.attend import PART, Scratch, Step, attend, attend_packed, rotate, serves_flash
 from fms.kernels.skinny import Machine, _machines
 from fms.modules.positions import Rope
@@ -131,6 +132,29 @@ def test_a_thousand_runs_agree(kvheads: int, group: int) -> None:
     once = attend_packed(qkv, kvheads, 128, None, None, layer)
     for _ in range(1000):
         assert torch.equal(attend_packed(qkv, kvheads, 128, None, None, layer), once)
+
+
+def test_a_shape_that_comes_often_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "OFTEN", 3)
+    monkeypatch.setattr(kernel, "_calls", {})
+    q, k = torch.zeros(1, 4, 7, 8), torch.zeros(1, 2, 7, 8)
+    assert [kernel._comes_often(q, k) for _ in range(5)] == [False, False, False, True, True]
+    assert not kernel._comes_often(q, q)  # another number of key heads
+    assert not kernel._comes_often(q[:, :, :5], k)
+    for s in range(6):  # more shapes than are worth keeping
+        kernel._comes_often(q[:, :, :s], q)
+    assert len(kernel._calls) <= 4
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_planned_attention_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "OFTEN", 1)
+    monkeypatch.setattr(kernel, "_calls", {})
+    q, k, v = (torch.randn(2, 300, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    once, again = (attend(q, k, v, None, None, None) for _ in range(2))
+    assert kernel._calls == {(q.device, q.dtype, (2, 8, 300, 128), 2): 2}
+    torch.testing.assert_close(once.float(), again.float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu
