@@ -64,7 +64,7 @@ def _bars(cells: Sequence[Cell]) -> Any:
         limits = min(known) / 2, max(known) * 1.5  # room for the number on the highest
         panel.set(yscale="log", ylim=limits, ylabel="ms a token", title=f"batch {size[0]}, prompt {size[1]}")
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("")
+        panel.yaxis.set_minor_formatter("{x:g}" if limits[1] < 10 * limits[0] else "")
     _legend(figure)
     return figure
 
