@@ -8,13 +8,15 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fms.kernels.gpu import attend, linear
+from fms.kernels.gpu import attend, linear, ranks
 
 HALF, FLOAT, INT = "*bf16", "*fp32", "*i32"
 LINEAR = {"x": HALF, "g": HALF, "b": HALF, "w": HALF, "bias": HALF, "residual": HALF, "y": HALF, "eps": "fp32"}
 LINEAR |= {"scale": "fp32", "rows": "i32"}
 ATTEND = dict.fromkeys(("qkv", "k", "v", "q_norm", "k_norm", "out"), HALF) | {"cos": FLOAT, "sin": FLOAT}
 ATTEND |= {"parts": FLOAT, "counts": INT, "positions": "*i64", "scale": "fp32", "eps": "fp32"}
+SUM = dict.fromkeys(("y", "residual", "bias", "out"), HALF) | {"bases": "*i64", "times": "*i64"}
+SUM |= {"eighths": "i32", "scale": "fp32"}
 ATTEND |= dict.fromkeys(("angle_stride", "position_stride", "slots", "capacity"), "i32")
 
 
@@ -47,12 +49,15 @@ def main() -> None:
     tile = how | {"M": 16, "BK": 64, "BN": 16, "STAGES": 3}
     heads = {"KV": 2, "D": 64, "HP": 32, "DP": 64, "SPLITS": 4, "PART": 64, "BLOCK": 32, "STAGES": 3, "ROPE": True}
     heads |= {"NORM": True, "EARLY": True}
+    sums = {"WIDTH": 4096, "BLOCK": 1024, "SLOT": 1 << 17, "PARTS": 4096, "FLAGS": 1024, "RANK": 1, "RANKS": 4}
+    sums |= {"WAIT": 9, "ADD": True, "BIAS": True, "EARLY": True}
     found = {
         "stream": read_early(linear.stream, LINEAR, **stream, GLU=False),
         "stream, gated": read_early(linear.stream, LINEAR, **stream, GLU=True),
         "stream, parts": read_early(linear.stream, LINEAR, **stream | {"K": 5120, "KQ": 1024, "NORM": 2}, GLU=False),
         "walk": read_early(linear.walk, LINEAR, **walk, GLU=True),
         "tile": read_early(linear.tile, LINEAR, **tile, GLU=True),
+        "sum": read_early(ranks.sum_add, SUM, **sums),
         "attend": read_early(attend.attend, ATTEND, **heads, G=1, GP=1, GB=1),
         "attend, groups": read_early(attend.attend, ATTEND, **heads, G=4, GP=16, GB=4),
     }

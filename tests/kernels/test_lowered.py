@@ -24,6 +24,7 @@ def test_what_is_read_before_the_wait() -> None:
         "stream, parts": ["bias", "w"],
         "walk": ["w"],
         "tile": ["w"],
+        "sum": ["bases"],
         "attend": ["k", "positions", "v"],
         "attend, groups": ["k", "positions", "v"],
     }

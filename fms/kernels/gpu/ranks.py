@@ -17,13 +17,16 @@ def of_rank(bases, r, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def meet(bases, flag, time, FLAGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr):
     """Let the other ranks see all that this program has written, and see all that their same programs have; `time`
-    counts the meetings of this `flag`. Whether all have come before WAIT looks."""
+    counts the meetings of this `flag`. Whether all have come before WAIT looks.
+
+    What comes behind it finds nothing in the nearest cache: to have seen the others empties it.
+    """
+    mine = of_rank(bases, RANK, FLAGS, tl.int64) + flag * RANKS
     tl.debug_barrier()
     for r in tl.static_range(RANKS):
         if r != RANK:
             theirs = of_rank(bases, r, FLAGS, tl.int64) + flag * RANKS + RANK
             tl.atomic_xchg(theirs, time, sem="release", scope="sys")
-    mine = of_rank(bases, RANK, FLAGS, tl.int64) + flag * RANKS
     late, looks = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for r in tl.static_range(RANKS):
         if r != RANK:
@@ -53,12 +56,21 @@ def sum_add(
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < eighths * 8  # said so that a thread's elements are fetched at once
     KIND: tl.constexpr = y.dtype.element_ty
+    NEXT: tl.constexpr = (RANK + 1) % RANKS
+    here, there = of_rank(bases, RANK, PARTS, KIND), of_rank(bases, NEXT, PARTS, KIND)
     early(EARLY)
     time = tl.load(times + block)
     slot = (time % 3).to(tl.int32) * RANKS
     mine = tl.load(y + at, mask=inside, other=0.0)
+    before, more = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    if ADD:  # here, as nothing is fetched while the others are waited for
+        before = vector(residual, at, inside)
+    if BIAS:
+        more = vector(bias, at % WIDTH, inside)
     for r in tl.static_range(RANKS):
-        if r != RANK:
+        if r == NEXT:
+            tl.store(there + (slot + RANK) * SLOT + at, mine, mask=inside)
+        elif r != RANK:
             tl.store(of_rank(bases, r, PARTS, KIND) + (slot + RANK) * SLOT + at, mine, mask=inside)
     came = meet(bases, block, time + 1, FLAGS, RANK, RANKS, WAIT)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -66,12 +78,12 @@ def sum_add(
         if r == RANK:
             total += mine.to(tl.float32)
         else:
-            theirs = of_rank(bases, RANK, PARTS, KIND) + (slot + r) * SLOT + at
+            theirs = here + (slot + r) * SLOT + at
             total += tl.load(theirs, mask=inside, other=0.0, volatile=True).to(tl.float32)
     if BIAS:
-        total += vector(bias, at % WIDTH, inside)
+        total += more
     if ADD:
-        total = vector(residual, at, inside) + scale * total
+        total = before + scale * total
     total = tl.where(came, total, float("nan"))
     tl.store(out + at, total.to(KIND), mask=inside)
     tl.store(times + block, time + 1)
