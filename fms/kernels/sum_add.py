@@ -30,13 +30,14 @@ class Peers(NamedTuple):
 
 
 def parts_at(size: int) -> int:
-    """Where, behind the counts, the parts of sums begin: three slots of one of each rank."""
+    """Where, behind the counts, the parts of sums begin: three slots of one of each rank, of eight bytes for each two
+    elements."""
     return FLAGS + (BLOCKS + ROWS) * size * 8
 
 
 def shares_at(size: int) -> int:
     """Where parts of shares begin; behind them are the sums of shares."""
-    return parts_at(size) + 3 * size * SLOT * 2
+    return parts_at(size) + 3 * size * SLOT * 4
 
 
 def turn(size: int) -> int:
@@ -66,15 +67,16 @@ def sum_add(
 
     known = machine(y.device)
     assert known is not None
-    y, n, width, size = y.contiguous(), y.numel(), y.shape[-1], peers.size
+    y, n, width, size = _in_pairs(y), y.numel(), y.shape[-1], peers.size
     out = torch.empty_like(y)
-    tensors = y, y if residual is None else residual.contiguous(), y if bias is None else bias, out
+    tensors = y, y if residual is None else _in_pairs(residual), y if bias is None else _in_pairs(bias), out
     whole = n <= SLOT
     programs = -(-n // BLOCK) if whole else min(-(-n // (SHARED * size)), BLOCKS)
 
     def sizes() -> Sizes:
         named = {"WIDTH": width, **meeting(peers), "EARLY": known.early, "ADD": residual is not None}
         if whole:
+            del named["FLAGS"]  # nobody has to say that a part is there
             named |= {"BLOCK": BLOCK, "SLOT": SLOT, "PARTS": parts_at(size), "num_warps": 4}
         else:
             sums = shares_at(size) + turn(size) * 2
@@ -85,6 +87,12 @@ def sum_add(
     key = programs, width, peers.rank, size, residual is None, bias is None
     start(kernel, (*tensors, peers.bases, peers.times, n // 8, float(scale)), sizes, key)
     return out
+
+
+def _in_pairs(x: Tensor) -> Tensor:
+    """x, or a copy, whose elements can be read two at a time."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 4 == 0 else x.clone()
 
 
 def meeting(peers: Peers | None) -> dict[str, int]:

@@ -49,7 +49,7 @@ def main() -> None:
     tile = how | {"M": 16, "BK": 64, "BN": 16, "STAGES": 3}
     heads = {"KV": 2, "D": 64, "HP": 32, "DP": 64, "SPLITS": 4, "PART": 64, "BLOCK": 32, "STAGES": 3, "ROPE": True}
     heads |= {"NORM": True, "EARLY": True}
-    sums = {"WIDTH": 4096, "BLOCK": 1024, "SLOT": 1 << 17, "PARTS": 4096, "FLAGS": 1024, "RANK": 1, "RANKS": 4}
+    sums = {"WIDTH": 4096, "BLOCK": 1024, "SLOT": 1 << 17, "PARTS": 4096, "RANK": 1, "RANKS": 4}
     sums |= {"WAIT": 9, "ADD": True, "BIAS": True, "EARLY": True}
     found = {
         "stream": read_early(linear.stream, LINEAR, **stream, GLU=False),

@@ -38,8 +38,12 @@ def flags(memory: Tensor, size: int) -> Tensor:
 
 
 def part(memory: Tensor, size: int, time: int, rank: int) -> Tensor:
-    """What this rank has written there, the `time`th time."""
-    return memory[parts_at(size) // 8 : shares_at(size) // 8].view(torch.half).view(3, size, SLOT)[time % 3, rank]
+    """What this rank has written there, the `time`th time: pairs of elements, each with the count of times."""
+    return memory[parts_at(size) // 8 : shares_at(size) // 8].view(3, size, SLOT // 2)[time % 3, rank]
+
+
+def stamped(y: Tensor, time: int) -> Tensor:
+    return y.flatten().view(torch.int32).long() & 0xFFFFFFFF | time << 32
 
 
 @pytest.mark.parametrize(("size", "rank", "time"), [(2, 0, 0), (2, 1, 5), (4, 2, 1)])
@@ -52,17 +56,27 @@ def test_a_sum_with_others_that_were_there_before(
     residual, bias = (torch.randn(3, 704).half(), torch.randn(704).half()) if with_residual else (None, None)
     mine = peers[rank]
     mine.times.fill_(time)
+    pairs = parts[0].numel() // 2
     for r in range(size):
         if r != rank:
-            part(memory[rank], size, time, r)[: parts[r].numel()] = parts[r].flatten()
-            flags(memory[rank], size)[:, r] = time + (r % 2) + 1  # some are ahead
+            part(memory[rank], size, time + 1, r)[:pairs] = stamped(parts[r], time + 1)
+            part(memory[rank], size, time + 2, r)[:pairs] = -1  # some are ahead
     got = sum_add.sum_add(parts[rank], mine, residual, 0.5, bias)
     torch.testing.assert_close(got, wanted(parts, residual, 0.5, bias), rtol=1e-3, atol=1e-3)
     assert mine.times.tolist() == [time + 1] * 3 + [time] * (BLOCKS + ROWS - 3)
     for r in range(size):
         if r != rank:
-            assert torch.equal(part(memory[r], size, time, rank)[: got.numel()], parts[rank].flatten())
-            assert flags(memory[r], size)[:, rank].tolist() == [time + 1] * 3 + [0] * (BLOCKS + ROWS - 3)
+            assert torch.equal(part(memory[r], size, time + 1, rank)[:pairs], stamped(parts[rank], time + 1))
+            assert not part(memory[r], size, time + 1, rank)[pairs:].any()
+
+
+def test_elements_that_begin_anywhere(interpreted: torch.device) -> None:
+    memory, peers = together(2, "cpu")
+    y, residual, bias, other = (torch.randn(17).half()[1:] for _ in range(4))
+    part(memory[0], 2, 1, 1)[:8] = stamped(other.clone(), 1)
+    got = sum_add.sum_add(y, peers[0], residual, 2.0, bias)
+    torch.testing.assert_close(got, wanted([y, other], residual, 2.0, bias), rtol=1e-3, atol=1e-3)
+    assert all(t.data_ptr() % 4 == 2 for t in (y, residual, bias))
 
 
 def test_a_rank_that_never_comes_ends_the_wait(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,11 +118,15 @@ def in_turn(memory: list[Tensor], peers: list[Peers], work: Callable[[int], Any]
         with torch.cuda.stream(streams[rank]):
             found[rank].append(work(rank))
 
-    torch.cuda.synchronize()
-    for rank in range(len(peers)):
-        flags(memory[rank], len(peers))[:] = 1 << 40
-        torch.cuda.synchronize()
-        for _ in range(times):
+    size = len(peers)
+    for one in peers:
+        one.times.zero_()
+    for rank in range(size):
+        flags(memory[rank], size)[:] = 1 << 40
+        for time in range(times):
+            torch.cuda.synchronize()
+            memory[rank][parts_at(size) // 8 : shares_at(size) // 8] = time + 1 << 32
+            torch.cuda.synchronize()
             run(rank)
         torch.cuda.synchronize()
         found[rank].clear()

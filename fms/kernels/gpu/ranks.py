@@ -17,16 +17,13 @@ def of_rank(bases, r, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def meet(bases, flag, time, FLAGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr):
     """Let the other ranks see all that this program has written, and see all that their same programs have; `time`
-    counts the meetings of this `flag`. Whether all have come before WAIT looks.
-
-    What comes behind it finds nothing in the nearest cache: to have seen the others empties it.
-    """
-    mine = of_rank(bases, RANK, FLAGS, tl.int64) + flag * RANKS
+    counts the meetings of this `flag`. Whether all have come before WAIT looks."""
     tl.debug_barrier()
     for r in tl.static_range(RANKS):
         if r != RANK:
             theirs = of_rank(bases, r, FLAGS, tl.int64) + flag * RANKS + RANK
             tl.atomic_xchg(theirs, time, sem="release", scope="sys")
+    mine = of_rank(bases, RANK, FLAGS, tl.int64) + flag * RANKS
     late, looks = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for r in tl.static_range(RANKS):
         if r != RANK:
@@ -40,53 +37,81 @@ def meet(bases, flag, time, FLAGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.c
     return late == 0
 
 
+@triton.jit
+def pair(words, KIND: tl.constexpr):
+    """The two halves of 32-bit words, as numbers."""
+    low, high = (words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16)
+    return low.to(KIND, bitcast=True).to(tl.float32), high.to(KIND, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def word(low, high, KIND: tl.constexpr):
+    low, high = low.to(KIND).to(tl.int16, bitcast=True), high.to(KIND).to(tl.int16, bitcast=True)
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
 @triton.jit(do_not_specialize=["eighths"])
 def sum_add(
     y, residual, bias, out, bases, times, eighths, scale,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, PARTS: tl.constexpr, FLAGS: tl.constexpr,
-    RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-    EARLY: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, WAIT: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`residual + scale * (the ranks' sum of y + bias)`, 8 times `eighths` elements, added in the order of ranks.
 
-    Each rank writes its part where the others will read it, for a write need not be waited for as a read must. Meetings
-    take turns in three slots: who has met the others knows that they have read the slots of earlier ones.
+    Each rank writes its part where the others will read it, for a write need not be waited for as a read must. Beside
+    every two elements stands the count of the sums that this block has had, in the same eight bytes, which arrive
+    together: who finds the count has the elements, and nobody has to say that they are there (as NCCL's LL does). Sums
+    take turns in three slots: who has the others' parts of one knows that they have read the slots of those before.
     """
     block = tl.program_id(0)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    inside = at < eighths * 8  # said so that a thread's elements are fetched at once
+    at = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)  # of pairs
+    inside = at < eighths * 4  # said so that a thread's elements are fetched at once
     KIND: tl.constexpr = y.dtype.element_ty
+    PAIR: tl.constexpr = tl.pointer_type(tl.int32)
+    here = of_rank(bases, RANK, PARTS, tl.int64)
     NEXT: tl.constexpr = (RANK + 1) % RANKS
-    here, there = of_rank(bases, RANK, PARTS, KIND), of_rank(bases, NEXT, PARTS, KIND)
+    there = of_rank(bases, NEXT, PARTS, tl.int64)
     early(EARLY)
-    time = tl.load(times + block)
+    time = tl.load(times + block) + 1
     slot = (time % 3).to(tl.int32) * RANKS
-    mine = tl.load(y + at, mask=inside, other=0.0)
-    before, more = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    stamp = time << 32
+    mine = tl.load(y.to(PAIR) + at, mask=inside, other=0)
+    before, more = tl.zeros((BLOCK // 2,), tl.int32), tl.zeros((BLOCK // 2,), tl.int32)
     if ADD:  # here, as nothing is fetched while the others are waited for
-        before = vector(residual, at, inside)
+        before = tl.load(residual.to(PAIR) + at, mask=inside, other=0)
     if BIAS:
-        more = vector(bias, at % WIDTH, inside)
+        more = tl.load(bias.to(PAIR) + at % (WIDTH // 2), mask=inside, other=0)
+    stamped = (mine.to(tl.int64) & 0xFFFFFFFF) | stamp
     for r in tl.static_range(RANKS):
-        if r == NEXT:
-            tl.store(there + (slot + RANK) * SLOT + at, mine, mask=inside)
-        elif r != RANK:
-            tl.store(of_rank(bases, r, PARTS, KIND) + (slot + RANK) * SLOT + at, mine, mask=inside)
-    came = meet(bases, block, time + 1, FLAGS, RANK, RANKS, WAIT)
-    total = tl.zeros((BLOCK,), tl.float32)
+        if r != RANK:
+            theirs = there if r == NEXT else of_rank(bases, r, PARTS, tl.int64)
+            tl.store(theirs + (slot + RANK) * (SLOT // 2) + at, stamped, mask=inside, cache_modifier=".wt")
+    low, high = tl.zeros((BLOCK // 2,), tl.float32), tl.zeros((BLOCK // 2,), tl.float32)
+    looks = tl.full((), 0, tl.int32)
     for r in tl.static_range(RANKS):
         if r == RANK:
-            total += mine.to(tl.float32)
+            a, b = pair(mine, KIND)
         else:
-            theirs = here + (slot + r) * SLOT + at
-            total += tl.load(theirs, mask=inside, other=0.0, volatile=True).to(tl.float32)
+            theirs = here + (slot + r) * (SLOT // 2) + at
+            got = tl.load(theirs, mask=inside, other=stamp, volatile=True)
+            missing = tl.max(((got ^ stamp) >> 32 != 0).to(tl.int32), 0)
+            while (missing != 0) & (looks < WAIT):
+                got = tl.load(theirs, mask=inside, other=stamp, volatile=True)
+                missing = tl.max(((got ^ stamp) >> 32 != 0).to(tl.int32), 0)
+                looks += 1
+            a, b = pair(got.to(tl.int32), KIND)
+            a, b = tl.where(missing == 0, a, float("nan")), tl.where(missing == 0, b, float("nan"))
+        low += a
+        high += b
     if BIAS:
-        total += more
+        a, b = pair(more, KIND)
+        low += a
+        high += b
     if ADD:
-        total = before + scale * total
-    total = tl.where(came, total, float("nan"))
-    tl.store(out + at, total.to(KIND), mask=inside)
-    tl.store(times + block, time + 1)
+        a, b = pair(before, KIND)
+        low, high = a + scale * low, b + scale * high
+    tl.store(out.to(PAIR) + at, word(low, high, KIND), mask=inside)
+    tl.store(times + block, time)
 
 
 @triton.jit(do_not_specialize=["eighths"])
