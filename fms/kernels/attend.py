@@ -282,7 +282,7 @@ def attend_step(
             "SPLITS": splits,
             "PART": PART,
             "BLOCK": BLOCK if group > 1 or crowd <= 8 * known.multiprocessors else BLOCK // 2,
-            "STAGES": 2 if group == 1 else 3,
+            "STAGES": 2 if group == 1 or head_dim > 128 else 3,
             "GB": max(min(8192 // splits // power(head_dim), power(group)), 1),
             "ROPE": cos is not None,
             "NORM": q_norm is not None,

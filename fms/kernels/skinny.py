@@ -21,6 +21,7 @@ FUNCTIONS: list[Any] = [lambda x: x, F.silu, F.gelu, partial(F.gelu, approximate
 class Machine(NamedTuple):
     multiprocessors: int
     early: bool  # kernels may be launched before the one they depend on has ended
+    shared: int = 228 << 10  # bytes of shared memory of a multiprocessor
 
 
 def machine(device: torch.device) -> Machine | None:
@@ -43,7 +44,8 @@ def _look(device: torch.device) -> Machine | None:
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 8:  # no bf16
         return None
-    return Machine(properties.multi_processor_count, properties.major >= 9)
+    shared = properties.shared_memory_per_multiprocessor
+    return Machine(properties.multi_processor_count, properties.major >= 9, shared)
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -131,36 +133,38 @@ def parts(k: int) -> dict[str, int]:
 
 
 @cache
-def choose(rows: int, n: int, k: int, norm: int, gated: bool, processors: int) -> Choice | None:
+def choose(rows: int, n: int, k: int, norm: int, gated: bool, m: Machine) -> Choice | None:
     """What measured best on an H200 (benchmarks/notes.md); `None` where the norm must be applied before."""
     if rows > 2:
         if norm:
             return None
-        m = max(16, power(rows))
+        height = max(16, power(rows))
         if gated:
-            bn, bk, stages, warps = (64, 64, 5, 4) if m == 16 else (32, 128, 3, 2)
+            bn, bk, stages, warps = (64, 64, 5, 4) if height == 16 else (32, 128, 3, 2)
         else:
-            bn, bk, stages, warps = 32, 128 if n > 8192 and m == 16 else 256, 5, 2 if m == 16 else 4
-        return Choice("tile", {"M": m, "BN": bn, "BK": bk, "STAGES": stages}, warps)
+            bn, bk, stages, warps = 32, 128 if n > 8192 and height == 16 else 256, 5, 2 if height == 16 else 4
+        return Choice("tile", {"M": height, "BN": bn, "BK": bk, "STAGES": stages}, warps)
+    read, processors = parts(k), m.multiprocessors
+    width = read["KP"] + (read["KQ"] if read["KQ"] > 1 else 0)
     if k <= 8192:
-        read = parts(k)
         warps = 4 if read["KP"] <= 4096 else 8
         per, stages, at_once = 16 // warps, 3, 2048 * warps // (1 + gated)  # elements of a weight's rows
         if read["KQ"] > 1024:  # what a thread keeps of x leaves registers for no more
             per -= 1
-        if norm and not gated and read["KQ"] == 1:
+        if norm and not gated and width == read["KP"]:
             per, stages, at_once = per + (warps == 4), 4, at_once // 2
         rows_at_once = max(1, min(at_once // read["KP"], n // (per * processors)))
-        sizes = {"BN": power(rows_at_once + 1) // 2, "GRID": processors * per, "STAGES": stages}
-        return Choice("stream", read | sizes, warps)
+        bn = power(rows_at_once + 1) // 2
+        per = max(1, min(per, m.shared // ((stages - 1) * bn * width * (1 + gated) * 2 + 2048)))
+        return Choice("stream", read | {"BN": bn, "GRID": processors * per, "STAGES": stages}, warps)
     if norm == 2:
         return None
     if gated:
         return Choice("walk", {"BK": 1024, "BN": 2, "STAGES": 0}, 4)
     if n <= 8 * 4 * processors:  # all programs are there at once
         return Choice("walk", {"BK": 512, "BN": 8, "STAGES": 4}, 4)
-    if k <= 16384 and not norm:
-        return Choice("stream", parts(k) | {"BN": 2, "GRID": processors, "STAGES": 3}, 8)
+    if k <= 16384 and not norm and m.shared > 140 << 10:
+        return Choice("stream", read | {"BN": 2, "GRID": processors, "STAGES": 3}, 8)
     return Choice("walk", {"BK": 1024, "BN": 4, "STAGES": 4}, 4)
 
 
@@ -189,11 +193,11 @@ def launch(
     rows = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
     key = (power(rows), n, k, norm, activation, gated, bias is None, residual is None, choice and str(choice))
-    made = choice or choose(rows, n, k, norm, gated, m.multiprocessors)
+    made = choice or choose(rows, n, k, norm, gated, m)
     if made is None:
         assert norm_weight is not None
         x, norm = normalise_rows(x, norm, norm_weight, norm_bias, eps, m), 0
-        made = choose(rows, n, k, 0, gated, m.multiprocessors)
+        made = choose(rows, n, k, 0, gated, m)
         assert made is not None
     form, numbers, warps = made
     others = (weight, x if bias is None else bias, x if residual is None else residual.contiguous(), y, rows)

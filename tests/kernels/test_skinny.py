@@ -151,13 +151,28 @@ def test_what_is_served() -> None:
 @pytest.mark.parametrize("rows", range(1, 33))
 def test_every_shape_has_a_choice(rows: int) -> None:
     for n, k, norm, gated in product((5, 4096, 128_256), (7, 3000, 4096, 5120, 14_336), (0, 1, 2), (False, True)):
-        choice = choose(rows, n, k, norm, gated, 132)
+        choice = choose(rows, n, k, norm, gated, Machine(132, True))
         if choice is None:
             assert norm
             continue
         assert choice.form == "tile" or rows <= 2
         assert choice.sizes.get("KP", k) + choice.sizes.get("KQ", 0) >= k
         assert choice.sizes.get("M", rows) >= rows
+
+
+@pytest.mark.parametrize("shared", [100 << 10, 164 << 10, 228 << 10])
+def test_programs_that_stay_fit_on_a_multiprocessor(shared: int) -> None:
+    widths = (64, 576, 2048, 4096, 5120, 5504, 8192, 11_008, 13_824, 16_384, 28_672)
+    for n, k, norm, gated in product((128, 4096, 14_336, 128_256), widths, (0, 1), (False, True)):
+        choice = choose(2, n, k, norm, gated, Machine(128, True, shared))
+        assert choice is not None
+        if choice.form != "stream":
+            continue
+        sizes, each = choice.sizes, choice.sizes["GRID"] // 128
+        width = sizes["KP"] + (sizes["KQ"] if sizes["KQ"] > 1 else 0)
+        fetched = (sizes["STAGES"] - 1) * sizes["BN"] * width * (1 + gated) * 2
+        assert each >= 1
+        assert each * fetched < shared
 
 
 def test_a_compiler_knows_a_machine_that_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
