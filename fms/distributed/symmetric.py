@@ -45,16 +45,22 @@ class SymmetricMemory:
     def sum(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
         """`residual + scale * (sum of all ranks' x + bias)`, or the sum alone; x, contiguous, may be overwritten."""
         if self.adds(x):
+            at_once = all(t is None or t.dtype == x.dtype for t in (residual, bias))
+            more = (residual, scale, bias) if at_once else (None, 1.0, None)
             if torch.compiler.is_compiling():
-                return ours.sum_add_of(x, self.name, residual, scale, bias)
-            assert self.peers is not None
-            return ours.sum_add(x, self.peers, residual, scale, bias)
-        inside = self.buffers[x.dtype][: x.numel()].view(x.shape)
-        inside.copy_(x)
-        small = x.nbytes <= ONE_SHOT
-        total = (_one_shot if small else _two_shot)(inside, "sum", self.name)
-        if residual is None:
-            return total if small else x.copy_(total)  # the next sum goes where this one is
+                total = ours.sum_add_of(x, self.name, *more)
+            else:
+                assert self.peers is not None
+                total = ours.sum_add(x, self.peers, *more)
+            if at_once or residual is None:
+                return total
+        else:
+            inside = self.buffers[x.dtype][: x.numel()].view(x.shape)
+            inside.copy_(x)
+            small = x.nbytes <= ONE_SHOT
+            total = (_one_shot if small else _two_shot)(inside, "sum", self.name)
+            if residual is None:
+                return total if small else x.copy_(total)  # the next sum goes where this one is
         return torch.add(residual, total if bias is None else total + bias, alpha=scale)
 
     def check(self, rank: int, size: int) -> str:
@@ -67,9 +73,11 @@ class SymmetricMemory:
                     wrong.append(f"symmetric memory: a wrong sum of {nbytes} bytes of {dtype}")
         if self.peers is not None:
             for n in (8, ours.BLOCK + 8, ours.SLOT, ours.SLOT + 8, ours.turn(size) + ours.BLOCK):
-                x = torch.full((n,), rank + 1, dtype=torch.bfloat16, device=self.peers.bases.device)
-                if not (self.sum(x, torch.ones_like(x), 2.0) == 1 + size * (size + 1)).all():
-                    wrong.append(f"symmetric memory: a wrong sum of {n} numbers by our kernel")
+                for turn in range(6 if n <= ours.SLOT else 1):  # each of three slots twice
+                    place = (torch.arange(n, device=self.peers.bases.device) + turn) % 3
+                    x = (place + rank % 2).bfloat16()
+                    if not (self.sum(x, torch.ones_like(x), 2.0) == 1 + 2 * (size * place + size // 2)).all():
+                        wrong.append(f"symmetric memory: a wrong sum of {n} numbers by our kernel")
         return wrong[0] if wrong else ""
 
     def __str__(self) -> str:

@@ -129,7 +129,9 @@ def power(n: int) -> int:
 def parts(k: int) -> dict[str, int]:
     """Powers of two that a row of k is read in, the second 1 where one does."""
     half = power(k) // 2
-    return {"KP": half, "KQ": power(k - half)} if 2048 <= half < k <= half + half // 2 else {"KP": power(k), "KQ": 1}
+    if 2048 <= half < k <= half + half // 2:
+        return {"KP": half, "KQ": max(power(k - half), 2)}
+    return {"KP": power(k), "KQ": 1}
 
 
 @cache
@@ -142,15 +144,15 @@ def choose(rows: int, n: int, k: int, norm: int, gated: bool, m: Machine) -> Cho
         if gated:
             bn, bk, stages, warps = (64, 64, 5, 4) if height == 16 else (32, 128, 3, 2)
         else:
-            bn, bk, stages, warps = 32, 128 if n > 8192 and height == 16 else 256, 5, 2 if height == 16 else 4
+            narrow = (n > 8192 and height == 16) or m.shared < 140 << 10
+            bn, bk, stages, warps = 32, 128 if narrow else 256, 5, 2 if height == 16 else 4
         return Choice("tile", {"M": height, "BN": bn, "BK": bk, "STAGES": stages}, warps)
     read, processors = parts(k), m.multiprocessors
     width = read["KP"] + (read["KQ"] if read["KQ"] > 1 else 0)
     if k <= 8192:
         warps = 4 if read["KP"] <= 4096 else 8
         per, stages, at_once = 16 // warps, 3, 2048 * warps // (1 + gated)  # elements of a weight's rows
-        if read["KQ"] > 1024:  # what a thread keeps of x leaves registers for no more
-            per -= 1
+        per -= (read["KQ"] > 1024) + (norm == 2)  # what a thread keeps of rows leaves registers for no more
         if norm and not gated and width == read["KP"]:
             per, stages, at_once = per + (warps == 4), 4, at_once // 2
         rows_at_once = max(1, min(at_once // read["KP"], n // (per * processors)))

@@ -16,7 +16,7 @@ SHARED = 8192  # elements a program adds at once of a share
 TURN = 1 << 22  # about as many elements are added by shares before their memory is used again
 MOST = 1 << 25  # elements up to which it was measured to be faster than NCCL
 FLAGS = 3 * ROWS * 8  # where in the memory, behind what is said of tokens, the counts of meetings begin
-WAIT = 1 << 27  # looks for another rank, of about a microsecond each
+WAIT = 1 << 28  # looks for another rank, of a half to one microsecond each
 
 
 class Peers(NamedTuple):
@@ -61,12 +61,13 @@ def serves_sum(y: Tensor) -> bool:
 def sum_add(
     y: Tensor, peers: Peers, residual: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
-    """`residual + scale * (sum of y over ranks + bias)`, the same bits on all ranks: y and residual (..., n), bias (n).
-    NaN where another rank has not come for minutes."""
+    """`residual + scale * (sum of y over ranks + bias)`, the same bits on all ranks: y and residual (..., n), bias (n),
+    of one dtype. NaN where another rank has not come for minutes."""
     from fms.kernels.gpu import ranks as kernels
 
     known = machine(y.device)
     assert known is not None
+    assert all(t is None or t.dtype == y.dtype for t in (residual, bias))
     y, n, width, size = _in_pairs(y), y.numel(), y.shape[-1], peers.size
     out = torch.empty_like(y)
     tensors = y, y if residual is None else _in_pairs(residual), y if bias is None else _in_pairs(bias), out

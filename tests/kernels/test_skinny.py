@@ -18,6 +18,7 @@ from fms.kernels.skinny import (
     launch,
     machine,
     norm_kind,
+    parts,
     reference,
     serves,
 )
@@ -158,6 +159,12 @@ def test_every_shape_has_a_choice(rows: int) -> None:
         assert choice.form == "tile" or rows <= 2
         assert choice.sizes.get("KP", k) + choice.sizes.get("KQ", 0) >= k
         assert choice.sizes.get("M", rows) >= rows
+
+
+@pytest.mark.parametrize("k", [1, 2047, 2048, 2049, 3073, 4097, 6144, 8191, 8193, 12_289, 16_385])
+def test_no_column_is_left_out(k: int) -> None:
+    read = parts(k)
+    assert read["KP"] + (read["KQ"] if read["KQ"] > 1 else 0) >= k  # 1: a second part there is not
 
 
 @pytest.mark.parametrize("shared", [100 << 10, 164 << 10, 228 << 10])

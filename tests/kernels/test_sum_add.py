@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fms.distributed.symmetric import SymmetricMemory
 from fms.kernels import next_token, sum_add
 from fms.kernels.next_token import make_rows
 from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, Peers, make_peers, parts_at, room, shares_at
@@ -77,6 +78,36 @@ def test_elements_that_begin_anywhere(interpreted: torch.device) -> None:
     got = sum_add.sum_add(y, peers[0], residual, 2.0, bias)
     torch.testing.assert_close(got, wanted([y, other], residual, 2.0, bias), rtol=1e-3, atol=1e-3)
     assert all(t.data_ptr() % 4 == 2 for t in (y, residual, bias))
+
+
+def test_a_residual_of_another_type(interpreted: torch.device) -> None:
+    """As in blocks of fp32 under autocast."""
+    memory, peers = together(2, "cpu")
+    y, other = torch.randn(8).half(), torch.randn(8).half()
+    residual, bias = torch.randn(8), torch.randn(8)
+    part(memory[0], 2, 1, 1)[:4] = stamped(other, 1)
+    sums = SymmetricMemory.__new__(SymmetricMemory)
+    sums.peers = peers[0]
+    got = sums.sum(y, residual, 0.5, bias)
+    torch.testing.assert_close(got, residual + 0.5 * ((y + other).float() + bias))
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_what_all_ranks_try_first(size: int) -> None:
+    """With sums that are right nothing is wrong; with one that is not, something is."""
+    sums = SymmetricMemory.__new__(SymmetricMemory)
+    sums.buffers, sums.peers = {}, make_peers([0] * size, 0, torch.device("cpu"))
+    asked: list[int] = []
+
+    def right(x: Tensor, residual: Tensor, scale: float) -> Tensor:
+        asked.append(x.numel())
+        return (residual.float() + scale * (x.float() * size + size // 2)).to(x.dtype)  # every other rank has 1 more
+
+    sums.sum = right  # type: ignore[assignment, method-assign]
+    assert sums.check(0, size) == ""
+    assert asked.count(8) == 6
+    sums.sum = lambda *given: right(*given).roll(1)  # type: ignore[assignment, method-assign]
+    assert "a wrong sum of 8 numbers" in sums.check(0, size)
 
 
 def test_a_rank_that_never_comes_ends_the_wait(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
