@@ -64,7 +64,8 @@ class SymmetricMemory:
         return torch.add(residual, total if bias is None else total + bias, alpha=scale)
 
     def check(self, rank: int, size: int) -> str:
-        """What is wrong with sums of small whole numbers, if anything. All ranks do all of it."""
+        """What is wrong with sums of small whole numbers, if anything. All ranks do all of it, but for a kernel of ours that
+        is wrong, which is asked no more: one that waits in vain waits for minutes."""
         wrong = []
         for dtype, buffer in self.buffers.items():
             for nbytes in (ALIGNED, ONE_SHOT, 2 * ONE_SHOT, MOST):
@@ -77,7 +78,7 @@ class SymmetricMemory:
                     place = (torch.arange(n, device=self.peers.bases.device) + turn) % 3
                     x = (place + rank % 2).bfloat16()
                     if not (self.sum(x, torch.ones_like(x), 2.0) == 1 + 2 * (size * place + size // 2)).all():
-                        wrong.append(f"symmetric memory: a wrong sum of {n} numbers by our kernel")
+                        return f"symmetric memory: a wrong sum of {n} numbers by our kernel"
         return wrong[0] if wrong else ""
 
     def __str__(self) -> str:
