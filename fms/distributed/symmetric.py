@@ -64,8 +64,8 @@ class SymmetricMemory:
         return torch.add(residual, total if bias is None else total + bias, alpha=scale)
 
     def check(self, rank: int, size: int) -> str:
-        """What is wrong with sums of small whole numbers, if anything. All ranks do all of it, but for a kernel of ours that
-        is wrong, which is asked no more: one that waits in vain waits for minutes."""
+        """What is wrong with sums of small whole numbers, if anything. All ranks do all of it, but for a kernel of ours
+        that is wrong, which is asked no more: one that waits in vain waits for minutes."""
         wrong = []
         for dtype, buffer in self.buffers.items():
             for nbytes in (ALIGNED, ONE_SHOT, 2 * ONE_SHOT, MOST):
