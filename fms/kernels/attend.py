@@ -271,7 +271,7 @@ def attend_step(
     def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
         tile = 1 if group == 1 else 16  # query heads a program
         rows = b * kvheads * -(-group // tile)
-        crowd = rows * splits
+        alone = rows * splits <= 8 * known.multiprocessors  # of 8, about 6 have keys, and 6 of one head fit
         return (rows, splits), {
             "KV": kvheads,
             "G": group,
@@ -281,7 +281,7 @@ def attend_step(
             "DP": max(16, power(head_dim)),
             "SPLITS": splits,
             "PART": PART,
-            "BLOCK": BLOCK if group > 1 or crowd <= 8 * known.multiprocessors else BLOCK // 2,
+            "BLOCK": BLOCK if group > 1 or alone else BLOCK // 2,
             "STAGES": 2 if group == 1 or head_dim > 128 else 3,
             "GB": max(min(8192 // splits // power(head_dim), power(group)), 1),
             "ROPE": cos is not None,

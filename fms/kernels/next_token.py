@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fms.kernels.skinny import machine, power, start
-from fms.kernels.sum_add import BLOCKS, ROWS, Peers, meeting
+from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, Peers, meeting
 
 PARTS = 64  # programs that share a row's vocabulary
 
@@ -73,7 +73,7 @@ def _launch(logits: Tensor, rows: Rows, peers: Peers | None = None, first: int =
 
     def sizes() -> tuple[tuple[int, ...], dict[str, int]]:
         named = {"N": n, "PARTS": parts, "BLOCK": min(1024, power(-(-n // parts))), "EOS": len(rows.eos)}
-        named |= {"EARLY": known.early, "FIRST": first, "ROWS": ROWS, "FLAG": BLOCKS}
+        named |= {"EARLY": known.early, "FIRST": first, "ROWS": ROWS, "FLAG": BLOCKS, "FLAGS": FLAGS}
         return (b, parts), named | meeting(peers) | {"num_warps": 4}
 
     shared = (rows.eos, rows.eos) if peers is None else (peers.bases, peers.times)

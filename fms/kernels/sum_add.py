@@ -77,11 +77,11 @@ def sum_add(
     def sizes() -> Sizes:
         named = {"WIDTH": width, **meeting(peers), "EARLY": known.early, "ADD": residual is not None}
         if whole:
-            del named["FLAGS"]  # nobody has to say that a part is there
             named |= {"BLOCK": BLOCK, "SLOT": SLOT, "PARTS": parts_at(size), "num_warps": 4}
         else:
             sums = shares_at(size) + turn(size) * 2
-            named |= {"BLOCK": SHARED, "ROUND": turn(size), "PARTS": shares_at(size), "SUMS": sums, "num_warps": 16}
+            named |= {"BLOCK": SHARED, "ROUND": turn(size), "PARTS": shares_at(size), "SUMS": sums}
+            named |= {"FLAGS": FLAGS, "num_warps": 16}
         return (programs,), named | {"BIAS": bias is not None}
 
     kernel = kernels.sum_add if whole else kernels.sum_add_shared
@@ -99,7 +99,7 @@ def _in_pairs(x: Tensor) -> Tensor:
 def meeting(peers: Peers | None) -> dict[str, int]:
     """What kernels in which ranks meet are compiled for."""
     rank, size = (0, 1) if peers is None else (peers.rank, peers.size)
-    return {"FLAGS": FLAGS, "RANK": rank, "RANKS": size, "WAIT": WAIT}
+    return {"RANK": rank, "RANKS": size, "WAIT": WAIT}
 
 
 _peers: dict[str, Peers] = {}  # by the name of their group, as a compiled graph has no other handle
