@@ -45,7 +45,7 @@ class SymmetricMemory:
     def sum(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
         """`residual + scale * (sum of all ranks' x + bias)`, or the sum alone; x, contiguous, may be overwritten."""
         if self.adds(x):
-            at_once = all(t is None or t.dtype == x.dtype for t in (residual, bias))
+            at_once = (residual is None or residual.dtype == x.dtype) and (bias is None or bias.dtype == x.dtype)
             more = (residual, scale, bias) if at_once else (None, 1.0, None)
             if torch.compiler.is_compiling():
                 total = ours.sum_add_of(x, self.name, *more)

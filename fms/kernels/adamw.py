@@ -40,4 +40,4 @@ def adamw_(
     def sizes() -> Sizes:
         return (-(-n // BLOCK),), {"COPY": copy is not None, "BLOCK": BLOCK, "num_warps": 8}
 
-    start(kernel, (*tensors, n, *numbers), sizes, (n, copy is None))
+    start(kernel, tensors, (n, *numbers), sizes, (n, copy is None))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fms.kernels.ops import define
-from fms.kernels.skinny import HALF, epsilon, machine, passes, power, start
+from fms.kernels.skinny import HALF, epsilon, machine, passes, power, repeated, start
 
 PARTS = 64  # the most that a row's keys are split into
 BLOCK = 64  # keys that are read at once, half of them where programs would have to wait for others to end
@@ -36,6 +36,7 @@ class Scratch:
         pairs = keys.shape[0] * keys.shape[1]
         wanted = min(32 * known.multiprocessors // pairs, -(-keys.shape[2] // PART), PARTS)
         self.splits = power(max(wanted, 1))
+        self.ready: dict[Any, Any] = {}  # what launches a step of a kind that came before
         self.counts = torch.zeros(pairs, dtype=torch.int32, device=keys.device)
         self.parts = keys.new_empty(pairs * self.splits * group * (keys.shape[3] + 2), dtype=torch.float32)
 
@@ -211,7 +212,7 @@ def _rotate(qkv: Tensor, kvheads: int, head_dim: int, angles: Angles | None, nor
         return (b * s, -(-(heads + kvheads) // block)), named | {"ROPE": angles is not None, "NORM": norms is not None}
 
     key = (b * s, heads, kvheads, head_dim, angles is None, norms is None)
-    start(kernels.rotate, (qkv, cos, sin, q_norm, k_norm, s, angle_rows, float(eps)), sizes, key)
+    start(kernels.rotate, (qkv, cos, sin, q_norm, k_norm), (s, angle_rows, float(eps)), sizes, key)
 
 
 def _step(qkv: Tensor, angles: Angles | None, layer: Any, step: Step, scale: float, norms: Any) -> Tensor:
@@ -219,8 +220,9 @@ def _step(qkv: Tensor, angles: Angles | None, layer: Any, step: Step, scale: flo
     cos, sin = (None, None) if angles is None else angles
     q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (norms[0].weight, norms[1].weight, epsilon(norms[0]))
     given = (qkv, k, v, step.positions, step.scratch.counts, step.scratch.parts, cos, sin, q_norm, k_norm)
-    run = attend_one if torch.compiler.is_compiling() else attend_step
-    return run(*given, scale, eps, step.capacity, step.scratch.splits)
+    if torch.compiler.is_compiling():
+        return attend_one(*given, scale, eps, step.capacity, step.scratch.splits)
+    return _attend(*given, scale, eps, step.capacity, step.scratch.splits, step.scratch.ready)
 
 
 def attend_step(
@@ -240,15 +242,32 @@ def attend_step(
     splits: int,
 ) -> Tensor:
     """Write the new keys and values of packed heads (b, 1, ...) into k and v, attend to them and to what is there."""
-    from fms.kernels.gpu import attend as kernels
+    given = (qkv, k, v, positions, counts, parts, cos, sin, q_norm, k_norm)
+    return _attend(*given, scale, eps, capacity, splits, {})
 
-    known = machine(qkv.device)
-    assert known is not None
+
+def _attend(
+    qkv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    parts: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    scale: float,
+    eps: float,
+    capacity: int,
+    splits: int,
+    ready: dict[Any, Any],
+) -> Tensor:
     b, kvheads, slots, head_dim = k.shape
-    qkv = qkv.contiguous()
-    group = qkv.shape[-1] // head_dim // kvheads - 2
-    out = qkv.new_empty(b, 1, kvheads * group * head_dim)
-    given = (
+    qkv, width = qkv.contiguous(), qkv.shape[-1] - 2 * kvheads * head_dim
+    out = qkv.new_empty(b, 1, width)
+    turns, normed = cos is not None, q_norm is not None
+    tensors = (
         qkv,
         k,
         v,
@@ -260,13 +279,26 @@ def attend_step(
         parts,
         counts,
         out,
-        head_dim if cos is not None and cos.shape[0] > 1 else 0,
-        1 if positions.numel() > 1 else 0,
-        slots,
-        capacity,
-        float(scale),
-        float(eps),
     )
+    wide = head_dim if cos is not None and cos.shape[0] > 1 else 0
+    numbers = wide, 1 if positions.numel() > 1 else 0, slots, capacity, float(scale), float(eps)
+    key = width, b, turns and cos.dtype, normed and q_norm.dtype  # type: ignore[union-attr]
+    run = ready.get(key)
+    if run is None:
+        group = width // head_dim // kvheads
+        run = ready[key] = _prepare(qkv.device, b, kvheads, group, head_dim, splits, turns, normed)
+    run(tensors, numbers)
+    return out
+
+
+def _prepare(
+    device: torch.device, b: int, kvheads: int, group: int, head_dim: int, splits: int, turns: bool, normed: bool
+) -> Any:
+    """What launches a step of b rows, whose query and key heads are rotated (`turns`) and normalised."""
+    from fms.kernels.gpu import attend as kernels
+
+    known = machine(device)
+    assert known is not None
 
     def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
         tile = 1 if group == 1 else 16  # query heads a program
@@ -284,19 +316,13 @@ def attend_step(
             "BLOCK": BLOCK if group > 1 or alone else BLOCK // 2,
             "STAGES": 2 if group == 1 or head_dim > 128 else 3,
             "GB": max(min(8192 // splits // power(head_dim), power(group)), 1),
-            "ROPE": cos is not None,
-            "NORM": q_norm is not None,
+            "ROPE": turns,
+            "NORM": normed,
             "EARLY": known.early,
             "num_warps": 2 if head_dim <= 128 else 4,
         }
 
-    start(
-        kernels.attend,
-        given,
-        sizes,
-        (b, kvheads, group, head_dim, splits, cos is None, q_norm is None),
-    )
-    return out
+    return repeated(kernels.attend, sizes, (b, kvheads, group, head_dim, splits, turns, normed))
 
 
 def _like_step(qkv, k, v, positions, counts, parts, cos, sin, q_norm, k_norm, scale, eps, capacity, splits):

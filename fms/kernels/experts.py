@@ -48,8 +48,8 @@ def launch(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, chosen: Tensor,
         return grid, named | {"ACT": activation}
 
     key = rows, top, width, hidden, activation
-    start(kernels.up, (x, up, chosen, h), first, key)
-    start(kernels.down, (h, down, chosen, weights, y), lambda: sizes(rows, width, hidden), key)
+    start(kernels.up, (x, up, chosen, h), (), first, key)
+    start(kernels.down, (h, down, chosen, weights, y), (), lambda: sizes(rows, width, hidden), key)
     return y
 
 

@@ -78,4 +78,4 @@ def _launch(logits: Tensor, rows: Rows, peers: Peers | None = None, first: int =
 
     shared = (rows.eos, rows.eos) if peers is None else (peers.bases, peers.times)
     key = b, n, len(rows.eos), first, *((0, 1) if peers is None else (peers.rank, peers.size))
-    start(next_token, (logits, *rows, *shared), sizes, key)
+    start(next_token, (logits, *rows, *shared), (), sizes, key)

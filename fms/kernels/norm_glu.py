@@ -34,5 +34,5 @@ def _launch(h: Tensor, activation: int) -> Tensor:
     y = h.new_empty(*h.shape[:-1], n)
     rows, block = y.numel() // n, 2048
     sizes = {"N": n, "BLOCK": block, "ACT": activation, "num_warps": 8}
-    skinny.start(kernels.glu, (h, y), lambda: ((rows, -(-n // block)), sizes), (rows, n, activation))
+    skinny.start(kernels.glu, (h, y), (), lambda: ((rows, -(-n // block)), sizes), (rows, n, activation))
     return y

@@ -1,6 +1,6 @@
 """A linear layer of few rows and what is around it: whether the kernels serve it, which of their forms, the launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -104,6 +104,13 @@ def apply(
     scale: float = 1.0,
 ) -> Tensor | None:
     """What `few_rows` gives, launched at once or, for a compiler, as one operation; `None` if this is not served."""
+    compiling = torch.compiler.is_compiling()
+    ready = None if compiling else getattr(linear, "ready", None)
+    if ready is not None:
+        learns = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
+        key = x.shape, x.dtype, x.device, norm, activation, gated, scale, residual is None or residual.dtype
+        if (again := ready.get(key)) is not None and not learns:
+            return again(x, residual)
     if not serves(x, linear.weight) or (kind := norm_kind(norm)) is None:
         return None
     weight: Any
@@ -111,7 +118,12 @@ def apply(
     weight, eps = (None, 0.0) if norm is None else (norm.weight, epsilon(norm))
     bias = norm.bias if norm is not None and kind == 2 else None
     given = (x, linear.weight, linear.bias, kind, weight, bias, eps, activation, gated, residual, scale)
-    return few_rows(*given) if torch.compiler.is_compiling() else launch(*given)
+    if compiling:
+        return few_rows(*given)
+    again = prepare(*given)
+    if ready is not None:
+        ready[key] = again
+    return again(x, residual)
 
 
 class Choice(NamedTuple):
@@ -170,7 +182,7 @@ def choose(rows: int, n: int, k: int, norm: int, gated: bool, m: Machine) -> Cho
     return Choice("walk", {"BK": 1024, "BN": 4, "STAGES": 4}, 4)
 
 
-def launch(
+def prepare(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -183,74 +195,117 @@ def launch(
     residual: Tensor | None = None,
     scale: float = 1.0,
     choice: Choice | None = None,
-) -> Tensor:
-    """`residual + scale * act(norm(x) @ weight.T + bias)`; gated, `act(gate) * up`: x (..., in) to (..., out)."""
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """What launches the kernel for `launch`, on these x and residual and on all others of their shape, type and
+    device."""
     from fms.kernels.gpu import linear as kernels
 
     m = machine(x.device)
     assert m is not None
     n, k = weight.shape
     n //= 1 + gated
-    x = x.contiguous()
-    rows = x.numel() // k
-    y = x.new_empty(*x.shape[:-1], n)
-    key = (power(rows), n, k, norm, activation, gated, bias is None, residual is None, choice and str(choice))
+    shape, rows = (*x.shape[:-1], n), x.numel() // k
     made = choice or choose(rows, n, k, norm, gated, m)
     if made is None:
         assert norm_weight is not None
-        x, norm = normalise_rows(x, norm, norm_weight, norm_bias, eps, m), 0
-        made = choose(rows, n, k, 0, gated, m)
-        assert made is not None
-    form, numbers, warps = made
-    others = (weight, x if bias is None else bias, x if residual is None else residual.contiguous(), y, rows)
-    norms = (x if norm_weight is None else norm_weight, x if norm_bias is None else norm_bias)
-    given = (x, *others, float(scale)) if form == "tile" else (x, *norms, *others, float(eps), float(scale))
+        plain = prepare(x, weight, bias, 0, None, None, 0.0, activation, gated, residual, scale)
+        first = norm_weight, norm_bias, eps, m
+        return lambda x, residual: plain(normalise_rows(x.contiguous(), norm, *first), residual)
+    form, chosen, warps = made
+    adds, tile = residual is not None, form == "tile"
+    norms = () if tile else tuple(weight if t is None else t for t in (norm_weight, norm_bias))
+    numbers = (rows, float(scale)) if tile else (rows, float(eps), float(scale))
+    fixed = *norms, weight, weight if bias is None else bias
 
-    def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
-        programs = -(-n // numbers["BN"])
-        found: dict[str, Any] = {"N": n, "K": k, **numbers, "ACT": activation, "GLU": gated, "BIAS": bias is not None}
-        found |= {"ADD": residual is not None, "EARLY": m.early, "num_warps": warps}
+    def sizes() -> Sizes:
+        programs = -(-n // chosen["BN"])
+        found: dict[str, Any] = {"N": n, "K": k, **chosen, "ACT": activation, "GLU": gated, "BIAS": bias is not None}
+        found |= {"ADD": adds, "EARLY": m.early, "num_warps": warps}
         if form == "stream":
-            programs = min(programs, numbers["GRID"])
-            each = max(numbers["GRID"] // m.multiprocessors, 1)  # programs on a multiprocessor, all there at once
+            programs = min(programs, chosen["GRID"])
+            each = max(chosen["GRID"] // m.multiprocessors, 1)  # programs on a multiprocessor, all there at once
             found |= {"GRID": programs, "maxnreg": min(REGISTERS // (each * 32 * warps) // 8 * 8, 255)}
-        if form != "tile":
+        if not tile:
             found["NORM"] = norm
         return (programs,), found
 
-    start(getattr(kernels, form), given, sizes, key)
-    return y
+    key = power(rows), n, k, norm, activation, gated, bias is None, adds, choice and str(choice)
+    run = repeated(getattr(kernels, form), sizes, key)
+
+    def again(x: Tensor, residual: Tensor | None) -> Tensor:
+        x, y = x.contiguous(), x.new_empty(shape)
+        run((x, *fixed, x if residual is None else residual.contiguous(), y), numbers)
+        return y
+
+    return again
 
 
-_started: dict[Any, Any] = {}
+def launch(x: Tensor, weight: Tensor, residual: Tensor | None = None, **how: Any) -> Tensor:
+    """`residual + scale * act(norm(x) @ weight.T + bias)`; gated, `act(gate) * up`: x (..., in) to (..., out)."""
+    return prepare(x, weight, residual=residual, **how)(x, residual)
 
 
 Sizes = tuple[tuple[int, ...], dict[str, Any]]  # a grid, and what a kernel is compiled for
+_started: dict[Any, Callable[..., None]] = {}
 
 
-def start(kernel: Any, given: tuple[Any, ...], sizes: Callable[[], Sizes], key: Any) -> None:
-    """Launch a kernel on what is `given`, by hand from the second time on: Triton's own look for what it has compiled
-    takes longer than most of these kernels run. `key` stands for all that `sizes` depends on."""
-    tensors = [t for t in given if isinstance(t, Tensor)]
+def start(
+    kernel: Any, tensors: Sequence[Tensor], numbers: Sequence[Any], sizes: Callable[[], Sizes], key: Any
+) -> Callable[..., None] | None:
+    """Launch a kernel on tensors and the numbers that follow them, by hand from the second time on: Triton's own look
+    for what it has compiled takes longer than most of these kernels run. `key` stands for all that `sizes` depends on.
+    Returns what does it for other tensors of these kinds, on the device that is current, if those here are aligned."""
     device = tensors[0].device
     if device.index is not None and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return start(kernel, given, sizes, key)
+            return start(kernel, tensors, numbers, sizes, key)
     addresses = [t.data_ptr() for t in tensors]
     odd = reduce(or_, addresses) % 16 and [address % 16 == 0 for address in addresses]
     # by its id: to take Triton's own hash of a kernel takes longer than all of this
     key = id(kernel), key, device, *[t.dtype for t in tensors], *(odd or ())
     found = _started.get(key)
-    if found is not None:
-        run, constants = found
-        return run(*given, *constants)
-    grid, named = sizes()
-    if named.get("EARLY"):
-        named["launch_pdl"] = True
-    compiled = kernel[grid](*given, **named)
-    if compiled is not None:  # the interpreter compiles nothing
-        constants = [named[name] for name in kernel.arg_names[len(given) :]]
-        _started[key] = compiled[(*grid, 1, 1)[:3]], constants
+    if found is None:
+        grid, named = sizes()
+        if named.get("EARLY"):
+            named["launch_pdl"] = True
+        compiled = kernel[grid](*tensors, *numbers, **named)
+        if compiled is None:  # the interpreter compiles nothing
+            return None
+        constants = [named[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]
+        found = _started[key] = _by_hand(compiled, grid, constants, device)
+    else:
+        found(*addresses, *numbers)
+    return None if odd else found
+
+
+def _by_hand(compiled: Any, grid: tuple[int, ...], constants: list[Any], device: torch.device) -> Callable[..., None]:
+    """What launches a compiled kernel, on addresses and numbers: of a tensor, the driver is asked where it lies."""
+    from triton.runtime import driver
+
+    stream, index = driver.active.get_current_stream, device.index
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    blocks = (*grid, 1, 1)[:3]
+
+    def again(*given: Any) -> None:
+        run(*blocks, stream(index), function, metadata, None, None, None, *given, *constants)
+
+    return again
+
+
+def repeated(kernel: Any, sizes: Callable[[], Sizes], key: Any) -> Callable[[Sequence[Tensor], Sequence[Any]], None]:
+    """`start`, for tensors that are of the same kinds and on the same device at each call."""
+    found: Callable[..., None] | None = None
+    index: int | None = None
+
+    def run(tensors: Sequence[Tensor], numbers: Sequence[Any]) -> None:
+        nonlocal found, index
+        if found is not None and torch.cuda.current_device() == index:
+            addresses = [t.data_ptr() for t in tensors]
+            if not reduce(or_, addresses) % 16:
+                return found(*addresses, *numbers)
+        found, index = start(kernel, tensors, numbers, sizes, key), tensors[0].device.index
+
+    return run
 
 
 def normalise_rows(x: Tensor, norm: int, weight: Tensor, bias: Tensor | None, eps: float, m: Machine) -> Tensor:
@@ -264,7 +319,8 @@ def normalise_rows(x: Tensor, norm: int, weight: Tensor, bias: Tensor | None, ep
         named = {"K": k, "KP": power(k), "LAYER": norm == 2, "EARLY": m.early, "num_warps": 8 if k > 2048 else 4}
         return (x.numel() // k,), named
 
-    start(kernels.norm, (x, weight, weight if bias is None else bias, y, float(eps)), sizes, (x.numel() // k, k, norm))
+    tensors = x, weight, weight if bias is None else bias, y
+    start(kernels.norm, tensors, (float(eps),), sizes, (x.numel() // k, k, norm))
     return y
 
 
@@ -310,8 +366,8 @@ def _few_rows(
     residual: Tensor | None,
     scale: float,
 ) -> Tensor:
-    run = reference if machine(x.device) is None else launch
-    return run(x, weight, bias, norm, norm_weight, norm_bias, eps, activation, gated, residual, scale)
+    given = (x, weight, bias, norm, norm_weight, norm_bias, eps, activation, gated, residual, scale)
+    return reference(*given) if machine(x.device) is None else prepare(*given)(x, residual)
 
 
 def _like_rows(x, weight, bias, norm, norm_weight, norm_bias, eps, activation, gated, residual, scale):

@@ -1,12 +1,12 @@
 """{sum over ranks + residual}: the end of a sub-layer whose weights several ranks share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fms.kernels.ops import define
-from fms.kernels.skinny import HALF, Sizes, machine, start
+from fms.kernels.skinny import HALF, Sizes, machine, repeated
 
 BLOCK = 1024  # elements a program
 BLOCKS = 128  # programs of the largest sum
@@ -27,6 +27,7 @@ class Peers(NamedTuple):
     times: Tensor
     rank: int
     size: int
+    ready: dict[Any, Any]  # what launches a sum of a kind that was asked for before
 
 
 def parts_at(size: int) -> int:
@@ -51,7 +52,7 @@ def room(size: int) -> int:
 
 def make_peers(addresses: list[int], rank: int, device: torch.device) -> Peers:
     bases = torch.tensor(addresses, dtype=torch.long, device=device)
-    return Peers(bases, torch.zeros(BLOCKS + ROWS, dtype=torch.long, device=device), rank, len(addresses))
+    return Peers(bases, torch.zeros(BLOCKS + ROWS, dtype=torch.long, device=device), rank, len(addresses), {})
 
 
 def serves_sum(y: Tensor) -> bool:
@@ -63,31 +64,46 @@ def sum_add(
 ) -> Tensor:
     """`residual + scale * (sum of y over ranks + bias)`, the same bits on all ranks: y and residual (..., n), bias (n),
     of one dtype. NaN where another rank has not come for minutes."""
-    from fms.kernels.gpu import ranks as kernels
-
-    known = machine(y.device)
-    assert known is not None
     assert all(t is None or t.dtype == y.dtype for t in (residual, bias))
-    y, n, width, size = _in_pairs(y), y.numel(), y.shape[-1], peers.size
+    y, n, width = _in_pairs(y), y.numel(), y.shape[-1]
     out = torch.empty_like(y)
     tensors = y, y if residual is None else _in_pairs(residual), y if bias is None else _in_pairs(bias), out
     whole = n <= SLOT
-    programs = -(-n // BLOCK) if whole else min(-(-n // (SHARED * size)), BLOCKS)
+    programs = -(-n // BLOCK) if whole else min(-(-n // (SHARED * peers.size)), BLOCKS)
+    key = whole, programs, width, y.dtype, residual is None, bias is None
+    run = peers.ready.get(key)
+    if run is None:
+        run = peers.ready[key] = _prepare(y.device, peers, *key)
+    run((*tensors, peers.bases, peers.times), (n // 8, float(scale)))
+    return out
+
+
+def _prepare(
+    device: torch.device,
+    peers: Peers,
+    whole: bool,
+    programs: int,
+    width: int,
+    kind: torch.dtype,
+    alone: bool,
+    bare: bool,
+) -> Any:
+    """What launches such sums, `alone` without a residual and `bare` without a bias."""
+    from fms.kernels.gpu import ranks as kernels
+
+    known = machine(device)
+    assert known is not None
+    size = peers.size
 
     def sizes() -> Sizes:
-        named = {"WIDTH": width, **meeting(peers), "EARLY": known.early, "ADD": residual is not None}
+        named = {"WIDTH": width, **meeting(peers), "EARLY": known.early, "ADD": not alone, "BIAS": not bare}
         if whole:
-            named |= {"BLOCK": BLOCK, "SLOT": SLOT, "PARTS": parts_at(size), "num_warps": 4}
-        else:
-            sums = shares_at(size) + turn(size) * 2
-            named |= {"BLOCK": SHARED, "ROUND": turn(size), "PARTS": shares_at(size), "SUMS": sums}
-            named |= {"FLAGS": FLAGS, "num_warps": 16}
-        return (programs,), named | {"BIAS": bias is not None}
+            return (programs,), named | {"BLOCK": BLOCK, "SLOT": SLOT, "PARTS": parts_at(size), "num_warps": 4}
+        places = {"PARTS": shares_at(size), "SUMS": shares_at(size) + turn(size) * 2, "FLAGS": FLAGS}
+        return (programs,), named | places | {"BLOCK": SHARED, "ROUND": turn(size), "num_warps": 16}
 
     kernel = kernels.sum_add if whole else kernels.sum_add_shared
-    key = programs, width, peers.rank, size, residual is None, bias is None
-    start(kernel, (*tensors, peers.bases, peers.times, n // 8, float(scale)), sizes, key)
-    return out
+    return repeated(kernel, sizes, (programs, width, peers.rank, size, alone, bare))
 
 
 def _in_pairs(x: Tensor) -> Tensor:

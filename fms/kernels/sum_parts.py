@@ -22,7 +22,7 @@ def sum_parts(own: Tensor, others: Tensor, rank: int, out: Tensor, scale: float 
         named = {"RANK": rank, "RANKS": len(others) + 1, "BLOCK": BLOCK, "num_warps": 8}
         return (-(-n // BLOCK),), named
 
-    start(kernel, (own.contiguous(), others.contiguous(), out, n, float(scale)), sizes, (n, rank, len(others)))
+    start(kernel, (own.contiguous(), others.contiguous(), out), (n, float(scale)), sizes, (n, rank, len(others)))
 
 
 def reference(own: Tensor, others: Tensor, rank: int, out: Tensor, scale: float) -> None:

@@ -1,7 +1,7 @@
 """The inference forms of the blocks: fused weights, five operations."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,21 @@ from fms.modules.moe import MixtureOfExperts, SharedExpert
 from fms.modules.tp import Communicator, Repeated, resharded
 
 
-class Fused(NamedTuple):
-    """Linear layers of one input as one weight (sum of outs, in), and their biases as one."""
+class Fused:
+    """Linear layers of one input as one weight (sum of outs, in), and their biases as one. `ready` has what launches
+    kernels on them, so that it need not be looked for again: with other weights comes another of these."""
 
-    weight: Tensor
-    bias: Tensor | None
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight, bias
+        self.ready: dict[Any, Any] = {}
+        self._unbiased = None if bias is None else Fused(weight, None)
+
+    @property
+    def unbiased(self) -> "Fused":
+        return self._unbiased or self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Fused, (self.weight, self.bias)
 
 
 def fuse(*linears: nn.Linear) -> Fused:
@@ -84,7 +94,7 @@ class Frozen(nn.Module):
         """{linear + residual}, with the sum over ranks between where there are several."""
         if self.comm is None:
             return linear_add(x, linear, residual, scale)
-        return self.comm.leave_add(norm_linear(x, None, Fused(linear.weight, None)), residual, scale, linear.bias)
+        return self.comm.leave_add(norm_linear(x, None, linear.unbiased), residual, scale, linear.bias)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # moves the views one by one: they leave the fused weight

@@ -14,6 +14,7 @@ from fms.kernels.skinny import (
     Choice,
     Machine,
     activation_kind,
+    apply,
     choose,
     launch,
     machine,
@@ -23,6 +24,7 @@ from fms.kernels.skinny import (
     serves,
 )
 from fms.modules.feedforward import ACTIVATIONS
+from fms.modules.frozen import Fused
 from tests.kernels.poison import poison
 
 STREAM = Choice("stream", {"KP": 128, "KQ": 1, "BN": 2, "GRID": 3, "STAGES": 2}, 4)
@@ -113,6 +115,48 @@ def test_against_fp32(rows: int, dtype: torch.dtype) -> None:
         if kind is not None:
             poison(rows, k, dtype=dtype, device="cuda")  # normalised rows
         assert far(launch(**given), want) < 6e-3, (n, k, how)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+@pytest.mark.parametrize("rows", [2, 3])
+@torch.no_grad()
+def test_what_was_prepared_serves_others_like_it(
+    rows: int, interpreted: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(skinny, "serves", lambda x, weight: True)
+    again_on(interpreted, rows, torch.float16, 3e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 3, 32])
+def test_launched_again_by_hand(rows: int) -> None:
+    with torch.no_grad():
+        again_on(torch.device("cuda", 0), rows, torch.bfloat16, 6e-3)
+    x = random(rows, 128, device="cuda").requires_grad_()
+    linear = Fused(random(33, 128, device="cuda"), None)
+    assert apply(x.detach(), linear) is not None
+    assert linear.ready
+    assert apply(x, linear) is None  # its gradient is asked for
+
+
+def again_on(device: torch.device, rows: int, dtype: torch.dtype, near: float) -> None:
+    """A layer with each of several inputs and residuals, some of which begin at odd addresses or are strided."""
+    where = {"dtype": dtype, "device": device}
+    norm = nn.RMSNorm(128, eps=1e-5, **where)
+    norm.weight.normal_(1.0, 0.3)
+    linear = Fused(random(33, 128, **where), random(33, **where))
+    for turn in range(6):
+        x = random(rows * 128 + 1, **where)[turn % 2 :][: rows * 128].view(rows, 128)
+        if turn == 4:
+            x = random(rows, 256, **where)[:, ::2]
+        residual = random(rows * 33 + 1, **where)[turn // 2 % 2 :][: rows * 33].view(rows, 33) if turn else None
+        got = apply(x, linear, norm, 1, residual=residual, scale=0.7)
+        h = F.rms_norm(x.float(), (128,), norm.weight.float(), 1e-5)
+        want = F.silu(F.linear(h, linear.weight.float(), linear.bias.float()))  # type: ignore[union-attr]
+        assert got is not None
+        assert far(got, want if residual is None else residual.float() + 0.7 * want) < near, turn
+    assert len(linear.ready) == 2  # with a residual and without one
+    assert apply(random(1, rows, 128, **where), linear, norm, 1).shape == (1, rows, 33)  # type: ignore[union-attr]
 
 
 @pytest.mark.gpu

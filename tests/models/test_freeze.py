@@ -29,7 +29,8 @@ def storage(model: Decoder) -> int:
     tensors = list(model.parameters())
     for block in model.layers:
         if isinstance(block, FrozenBlock):
-            tensors += [t for fused in (block.qkv, block.dense, block.up, block.down) for t in fused if t is not None]
+            for fused in (block.qkv, block.dense, block.up, block.down):
+                tensors += [t for t in (fused.weight, fused.bias) if t is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
