@@ -74,7 +74,7 @@ class SymmetricMemory:
                     wrong.append(f"symmetric memory: a wrong sum of {nbytes} bytes of {dtype}")
         if self.peers is not None:
             for n in (8, ours.BLOCK + 8, ours.SLOT, ours.SLOT + 8, ours.turn(size) + ours.BLOCK):
-                for turn in range(6 if n <= ours.SLOT else 1):  # each of three slots twice
+                for turn in range(6 if n <= ours.SLOT else 2):  # each of three slots twice, each of two places once
                     place = (torch.arange(n, device=self.peers.bases.device) + turn) % 3
                     x = (place + rank % 2).bfloat16()
                     if not (self.sum(x, torch.ones_like(x), 2.0) == 1 + 2 * (size * place + size // 2)).all():

@@ -11,9 +11,9 @@ from fms.kernels.skinny import HALF, Sizes, machine, repeated
 BLOCK = 1024  # elements a program
 BLOCKS = 128  # programs of the largest sum
 ROWS = 256  # of a batch whose tokens are chosen together
-SLOT = BLOCK * BLOCKS  # elements up to which each rank adds all of a sum; beyond, a share
-SHARED = 8192  # elements a program adds at once of a share
-TURN = 1 << 22  # about as many elements are added by shares before their memory is used again
+SLOT = BLOCK * BLOCKS  # elements of parts that carry their count, and up to which each of many ranks adds all of a sum
+SHARED = 8192  # elements a program adds at once of more
+TURN = 5 << 20  # about as many elements are added of more before their memory is used again
 MOST = 1 << 25  # elements up to which it was measured to be faster than NCCL
 FLAGS = 3 * ROWS * 8  # where in the memory, behind what is said of tokens, the counts of meetings begin
 WAIT = 1 << 28  # looks for another rank, of a half to one microsecond each
@@ -37,13 +37,14 @@ def parts_at(size: int) -> int:
 
 
 def shares_at(size: int) -> int:
-    """Where parts of shares begin; behind them are the sums of shares."""
+    """Where parts of larger sums begin; behind them the sums of shares are, or between two ranks other parts."""
     return parts_at(size) + 3 * size * SLOT * 4
 
 
 def turn(size: int) -> int:
-    """Elements of a round of shares."""
-    return max(TURN // (BLOCKS * SHARED * size), 1) * BLOCKS * SHARED * size
+    """Elements of a round of a larger sum."""
+    once = BLOCKS * SHARED * (size if size > 2 else 1)
+    return max(TURN // once, 1) * once
 
 
 def room(size: int) -> int:
@@ -69,7 +70,8 @@ def sum_add(
     out = torch.empty_like(y)
     tensors = y, y if residual is None else _in_pairs(residual), y if bias is None else _in_pairs(bias), out
     whole = n <= SLOT
-    programs = -(-n // BLOCK) if whole else min(-(-n // (SHARED * peers.size)), BLOCKS)
+    ranks = peers.size if peers.size > 2 else 1  # that share the additions
+    programs = -(-n // BLOCK) if whole else min(-(-n // (SHARED * ranks)), BLOCKS)
     key = whole, programs, width, y.dtype, residual is None, bias is None
     run = peers.ready.get(key)
     if run is None:
@@ -99,10 +101,12 @@ def _prepare(
         named = {"WIDTH": width, **meeting(peers), "EARLY": known.early, "ADD": not alone, "BIAS": not bare}
         if whole:
             return (programs,), named | {"BLOCK": BLOCK, "SLOT": SLOT, "PARTS": parts_at(size), "num_warps": 4}
-        places = {"PARTS": shares_at(size), "SUMS": shares_at(size) + turn(size) * 2, "FLAGS": FLAGS}
-        return (programs,), named | places | {"BLOCK": SHARED, "ROUND": turn(size), "num_warps": 16}
+        named |= {"PARTS": shares_at(size), "FLAGS": FLAGS, "BLOCK": SHARED, "ROUND": turn(size), "num_warps": 16}
+        others = {"SUMS": shares_at(size) + turn(size) * 2} if size > 2 else {"BLOCKS": BLOCKS}
+        return (programs,), named | others
 
-    kernel = kernels.sum_add if whole else kernels.sum_add_shared
+    larger = kernels.sum_add_shared if size > 2 else kernels.sum_add_once
+    kernel = kernels.sum_add if whole else larger
     return repeated(kernel, sizes, (programs, width, peers.rank, size, alone, bare))
 
 

@@ -174,6 +174,49 @@ def sum_add_shared(
     tl.store(times + program, time)
 
 
+@triton.jit(do_not_specialize=["eighths"])
+def sum_add_once(
+    y, residual, bias, out, bases, times, eighths, scale,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    FLAGS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`sum_add_shared` for two ranks: each adds all, after one meeting a round for which as many bytes go.
+
+    A program's places in the other's memory are its own, two that it takes in turn: who has met the other again knows
+    that it has read what was there before.
+    """
+    KIND: tl.constexpr = y.dtype.element_ty
+    PLACE: tl.constexpr = ROUND // BLOCKS
+    OTHER: tl.constexpr = 1 - RANK
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    early(EARLY)
+    n = eighths * 8
+    time = tl.load(times + program)
+    for begin in range(0, n, ROUND):
+        each = tl.cdiv(tl.minimum(n - begin, ROUND), programs * 8) * 8
+        first = tl.multiple_of(begin + program * each, 8)
+        end = tl.multiple_of(tl.minimum(first + each, tl.minimum(n, begin + ROUND)), 8)
+        place = ((time % 2).to(tl.int32) * BLOCKS + program) * PLACE
+        for i in range(0, each, BLOCK):
+            k = tl.multiple_of(i, BLOCK) + tl.arange(0, BLOCK)
+            part = tl.load(y + first + k, mask=first + k < end, other=0.0)
+            tl.store(of_rank(bases, OTHER, PARTS, KIND) + place + k, part, mask=first + k < end)
+        came = meet(bases, program, time + 1, FLAGS, RANK, RANKS, WAIT)
+        for i in range(0, each, BLOCK):
+            k = tl.multiple_of(i, BLOCK) + tl.arange(0, BLOCK)
+            inside = first + k < end
+            theirs = of_rank(bases, RANK, PARTS, KIND) + place + k
+            total = vector(y + first, k, inside) + tl.load(theirs, mask=inside, other=0.0, volatile=True).to(tl.float32)
+            if BIAS:
+                total += vector(bias, (first + k) % WIDTH, inside)
+            if ADD:
+                total = vector(residual + first, k, inside) + scale * total
+            tl.store(out + first + k, tl.where(came, total, float("nan")).to(KIND), mask=inside)
+        time += 1
+    tl.store(times + program, time)
+
+
 @triton.jit
 def sum_parts(own, others, out, n, scale, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
     """The parts of several ranks, this one's and (RANKS - 1, n) of the others, added in their order."""
