@@ -308,19 +308,30 @@ def repeated(kernel: Any, sizes: Callable[[], Sizes], key: Any) -> Callable[[Seq
     return run
 
 
-def normalise_rows(x: Tensor, norm: int, weight: Tensor, bias: Tensor | None, eps: float, m: Machine) -> Tensor:
-    """`normalise`, by a kernel that is launched early and lets the next one be."""
+def normalise_rows(
+    x: Tensor,
+    norm: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    m: Machine,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    total: Tensor | None = None,
+) -> Tensor:
+    """`normalise`, by a kernel that is launched early and lets the next one be; of `residual + scale * x`, which is
+    written to `total`, where they are given."""
     from fms.kernels.gpu import rows as kernels
 
-    k = x.shape[-1]
+    k, adds = x.shape[-1], residual is not None
     y = torch.empty_like(x)
 
     def sizes() -> Sizes:
-        named = {"K": k, "KP": power(k), "LAYER": norm == 2, "EARLY": m.early, "num_warps": 8 if k > 2048 else 4}
-        return (x.numel() // k,), named
+        named = {"K": k, "KP": power(k), "LAYER": norm == 2, "ADD": adds, "EARLY": m.early}
+        return (x.numel() // k,), named | {"num_warps": 8 if k > 2048 else 4}
 
-    tensors = x, weight, weight if bias is None else bias, y
-    start(kernels.norm, tensors, (float(eps),), sizes, (x.numel() // k, k, norm))
+    tensors = x, weight, weight if bias is None else bias, y, *(x if t is None else t for t in (residual, total))
+    start(kernels.norm, tensors, (float(eps), float(scale)), sizes, (x.numel() // k, k, norm, adds))
     return y
 
 

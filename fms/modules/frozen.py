@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fms.kernels.add_norm import add_norm, serves_add_norm
 from fms.kernels.attend import Angles, LayerCache, attend_packed
 from fms.kernels.linear_add import linear_add
 from fms.kernels.norm_glu import norm_glu
@@ -81,19 +82,20 @@ class Frozen(nn.Module):
         self.activation = ff.activation
         self.down = Fused(ff.w2.weight, ff.w2.bias)
 
-    def begin(self, x: Tensor, norm: nn.Module) -> tuple[Tensor, nn.Module | None]:
+    def begin(self, x: Tensor, norm: nn.Module | None) -> tuple[Tensor, nn.Module | None]:
         """What the first projection of a sub-layer takes: its input, of all tokens, and the norm yet to be applied."""
-        if self.comm is None or self.comm.tokens is None:
+        if norm is None or self.comm is None or self.comm.tokens is None:
             return x, norm
         return self.entered(normalise(x, norm)), None
 
     def entered(self, x: Tensor) -> Tensor:
         return x if self.comm is None else self.comm.enter(x)
 
-    def end(self, x: Tensor, linear: Fused, residual: Tensor, scale: float = 1.0) -> Tensor:
-        """{linear + residual}, with the sum over ranks between where there are several."""
+    def end(self, x: Tensor, linear: Fused, residual: Tensor, scale: float = 1.0, own: bool = False) -> Tensor:
+        """{linear + residual}, with the sum over ranks between where there are several. The residual may be overwritten
+        if it is the block's `own`."""
         if self.comm is None:
-            return linear_add(x, linear, residual, scale)
+            return linear_add(x, linear, residual, scale, own)
         return self.comm.leave_add(norm_linear(x, None, linear.unbiased), residual, scale, linear.bias)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
@@ -128,11 +130,18 @@ class FrozenBlock(Frozen):
         heads = attend_packed(qkv, *self.heads, angles, mask, layer, self.score_scale, norms=self.norms)
         if last_n_tokens and (self.comm is None or self.comm.tokens is None):
             heads, x = heads[:, -last_n_tokens:], x[:, -last_n_tokens:]
-        x = self.end(heads, self.dense, x, self.scale)
+        x, h, norm = self.between(heads, x)
         if isinstance(self.ff, MixtureOfExperts | SharedExpert):
-            return torch.add(x, self.ff(normalise(x, self.ff_ln)), alpha=self.scale)
-        h = norm_glu(*self.begin(x, self.ff_ln), self.up, self.activation, self.gated)
-        return self.end(h, self.down, x, self.scale)
+            return torch.add(x, self.ff(h if norm is None else normalise(h, norm)), alpha=self.scale)
+        h = norm_glu(*self.begin(h, norm), self.up, self.activation, self.gated)
+        return self.end(h, self.down, x, self.scale, own=True)
+
+    def between(self, heads: Tensor, x: Tensor) -> tuple[Tensor, Tensor, nn.Module | None]:
+        """{dense + residual}, and what the second sub-layer takes: its input, and the norm yet to be applied."""
+        if self.comm is None and serves_add_norm(heads, self.ff_ln):
+            return *add_norm(norm_linear(heads, None, self.dense), x, self.ff_ln, self.scale), None
+        x = self.end(heads, self.dense, x, self.scale)
+        return x, x, self.ff_ln
 
 
 class FrozenEncoderBlock(Frozen):

@@ -1,5 +1,6 @@
 """Passes over many rows: rotary in place, gates; the kernels against plain operations in fp32."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fms.kernels import norm_glu as glu
 from fms.kernels import skinny
+from fms.kernels.add_norm import add_norm
 from fms.kernels.attend import _rotate, attend_packed, rotate
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
@@ -51,6 +53,17 @@ def check_glu(rows: int, n: int, **where: Any) -> None:
         assert far(glu._launch(h, kind), function(gate) * up) < 6e-3
 
 
+@torch.no_grad()
+def check_add_norm(rows: int, n: int, kind: type, **where: Any) -> None:
+    norm, y, x = kind(n, eps=1e-5, **where), torch.randn(2, rows, n, **where), torch.randn(2, rows, n, **where)
+    for p in norm.parameters():
+        p.normal_(1, 0.3)
+    poison(2, rows, n, **where)
+    total, h = add_norm(y, x, norm, 0.7)
+    assert far(total, x.float() + 0.7 * y.float()) < 6e-3
+    assert far(h, copy.deepcopy(norm).float()(total.float())) < 6e-3
+
+
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
 def test_interpreted(interpreted: torch.device) -> None:
     for of_rows, normed, rope in ((False, False, True), (True, True, True), (False, True, False)):
@@ -58,6 +71,8 @@ def test_interpreted(interpreted: torch.device) -> None:
     check_rotate(1, 2, 17, 1, 10, of_rows=False, normed=False, dtype=torch.float16)
     check_glu(3, 21, dtype=torch.float16)
     check_glu(1, 2100, dtype=torch.float16)
+    check_add_norm(3, 100, nn.RMSNorm, dtype=torch.float16)
+    check_add_norm(2, 64, nn.LayerNorm, dtype=torch.float16)
 
 
 @pytest.mark.gpu
@@ -69,6 +84,8 @@ def test_against_fp32(dtype: torch.dtype) -> None:
         check_rotate(3, 33, heads, kvheads, d, of_rows=True, normed=True, **where)
     for n in (5, 2048, 11008):
         check_glu(65, n, **where)
+        check_add_norm(65, n, nn.RMSNorm, **where)
+        check_add_norm(3, n, nn.LayerNorm, **where)
 
 
 @pytest.mark.gpu

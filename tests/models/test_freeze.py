@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fms.kernels import add_norm, attend, skinny
 from fms.models import Decoder, freeze
 from fms.models.freeze import is_frozen
 from fms.modules.frozen import FrozenBlock
@@ -21,7 +22,7 @@ def random_model(seed: int = 0, **fields: Any) -> Decoder:
 
 def logits(model: Decoder) -> Tensor:
     with torch.no_grad():
-        return model(torch.arange(20).view(2, 10))
+        return model(torch.arange(20, device=model.embedding.weight.device).view(2, 10))
 
 
 def storage(model: Decoder) -> int:
@@ -105,6 +106,21 @@ def test_new_weights_are_computed_with(change: str) -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", CHANGES)
+def test_new_weights_are_launched_with(change: str) -> None:
+    """On a GPU each layer keeps what launches its kernels."""
+    where = {"device": "cuda", "dtype": torch.bfloat16}
+    model = freeze(random_model().to(**where))
+    before, want = [logits(model) for _ in range(2)], logits(random_model(1).to(**where))
+    assert all(layer.down.ready for layer in model.layers)  # type: ignore[union-attr]
+    assert torch.equal(*before)
+    assert not torch.allclose(before[0], want, atol=0.4)
+    model = CHANGES[change](model).to(**where)
+    for _ in range(2):
+        torch.testing.assert_close(logits(model), want, rtol=0, atol=0.3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_to_a_dtype(dtype: torch.dtype) -> None:
     model = freeze(random_model())
@@ -119,9 +135,41 @@ def test_to_a_dtype(dtype: torch.dtype) -> None:
 FAMILIES: dict[str, Callable[[], Decoder]] = {
     "granite": random_model,
     "llama": small_model,
+    "gpt_bigcode": lambda: small_model("gpt_bigcode", "ibm.20b"),
     "mixtral": lambda: small_model("mixtral", "8x7b", num_experts=4, top_k_experts=2),
     "mistral, window": lambda: small_model("mistral", "7b", sliding_window=4),
 }
+
+
+def check_many_rows(name: str, near: float, **where: Any) -> None:
+    """What goes into a block is left as it is, what it computes is the block's that was not frozen."""
+    model = FAMILIES[name]().to(**where)
+    x = torch.randn(2, 30, model.config.emb_dim, **where)
+    frozen, want, seen = freeze(copy.deepcopy(model)), model.float().hidden(x.float()), []
+    for layer in frozen.layers:
+        layer.register_forward_hook(lambda _, given, out: seen.append((given[0], given[0].clone(), out, out.clone())))
+    given = x.clone()
+    got = frozen.hidden(given)
+    assert torch.equal(given, x)
+    assert len(seen) == len(frozen.layers)
+    assert all(torch.equal(*two) for one in seen for two in (one[:2], one[2:]))
+    assert ((got.float() - want).norm() / want.norm()).item() < near
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_many_rows_by_the_kernels(name: str, interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (skinny, add_norm, attend):
+        monkeypatch.setattr(module, "passes", lambda x: x.dtype == torch.float16)
+    check_many_rows(name, 5e-3, dtype=torch.float16, device=interpreted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_many_rows_on_a_gpu(name: str) -> None:
+    check_many_rows(name, 3e-2, dtype=torch.bfloat16, device="cuda")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -131,7 +179,8 @@ def test_the_last_block_computes_what_is_asked_for(name: str, last: int, monkeyp
     model, ids = freeze(FAMILIES[name]()), torch.randint(0, 20, (2, 14))
     want, widths = model(ids), []
     end = FrozenBlock.end
-    monkeypatch.setattr(FrozenBlock, "end", lambda block, x, *args: widths.append(x.shape[1]) or end(block, x, *args))
+    seen = lambda block, x, *args, **how: widths.append(x.shape[1]) or end(block, x, *args, **how)
+    monkeypatch.setattr(FrozenBlock, "end", seen)
     cache = model.make_cache(2, 14)
     got = model(ids[:, :9], cache=cache, last_n_tokens=last)
     torch.testing.assert_close(got, want[:, :9][:, -last:], rtol=1e-5, atol=1e-5)

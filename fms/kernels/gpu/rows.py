@@ -10,10 +10,11 @@ from fms.kernels.gpu.parts import activate, early, vector
 
 @triton.jit
 def norm(
-    x, g, b, y, eps,
-    K: tl.constexpr, KP: tl.constexpr, LAYER: tl.constexpr, EARLY: tl.constexpr,
+    x, g, b, y, residual, total, eps, scale,
+    K: tl.constexpr, KP: tl.constexpr, LAYER: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm or LayerNorm of rows of K, one a program; the norm's weights are fetched ahead."""
+    """RMSNorm or LayerNorm of rows of K, one a program, or of `total`, `residual + scale * x`; the norm's weights are
+    fetched ahead."""
     k = tl.arange(0, KP)
     inside = k < K
     weight = vector(g, k, inside)
@@ -23,6 +24,10 @@ def norm(
     early(EARLY)
     at = tl.program_id(0).to(tl.int64) * K + k
     h = vector(x, at, inside)
+    if ADD:
+        sum = (vector(residual, at, inside) + scale * h).to(x.dtype.element_ty)
+        tl.store(total + at, sum, mask=inside)
+        h = sum.to(tl.float32)
     if LAYER:
         h = tl.where(inside, h - tl.sum(h, 0) / K, 0.0)
     h = h * tl.rsqrt(tl.sum(h * h, 0) / K + eps) * weight

@@ -1,0 +1,26 @@
+"""{residual + norm}: between two sub-layers, of more rows than the kernels for few take."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fms.kernels.norm_linear import normalise
+from fms.kernels.skinny import ROWS, epsilon, machine, norm_kind, normalise_rows, passes
+
+
+def serves_add_norm(x: Tensor, norm: nn.Module) -> bool:
+    """Whether one pass over rows x (..., emb_dim) does it: fewer rows are added where they are computed."""
+    return passes(x) and x.numel() > ROWS * x.shape[-1] and bool(norm_kind(norm))
+
+
+def add_norm(y: Tensor, residual: Tensor, norm: nn.Module, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`residual + scale * y`, and that normalised: all (..., emb_dim)."""
+    known, kind = machine(y.device), norm_kind(norm)
+    if known is None or not kind or residual.dtype != y.dtype:
+        total = torch.add(residual, y, alpha=scale)
+        return total, normalise(total, norm)
+    weight: Any = norm.weight
+    bias: Any = norm.bias if kind == 2 else None
+    y, residual, total = y.contiguous(), residual.contiguous(), torch.empty_like(y)
+    return total, normalise_rows(y, kind, weight, bias, epsilon(norm), known, residual, scale, total)
