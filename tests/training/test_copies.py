@@ -55,13 +55,13 @@ def test_a_step_is_that_of_adamw(interpreted: torch.device, most: float) -> None
 def test_whole_numbers_are_given_as_others(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a file of settings may have them: two groups of one size share what is compiled."""
     given: list[Any] = []
-    monkeypatch.setattr(adamw, "start", lambda kernel, arguments, sizes, key: given.append(arguments))
+    monkeypatch.setattr(adamw, "start", lambda kernel, tensors, numbers, sizes, key: given.append(numbers))
     model = nn.Linear(4, 4)
     optimizer = make_optimizer(model, 1e-2, weight_decay=0)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     step_at_once(optimizer, 0, {})
-    assert [{type(number) for number in arguments[7:]} for arguments in given] == [{float}, {float}]
+    assert [{type(number) for number in numbers[1:]} for numbers in given] == [{float}, {float}]
 
 
 @pytest.mark.gpu
