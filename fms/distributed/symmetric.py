@@ -44,13 +44,13 @@ class SymmetricMemory:
 
     def sum(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
         """`residual + scale * (sum of all ranks' x + bias)`, or the sum alone; x, contiguous, may be overwritten."""
-        if self.adds(x):
-            at_once = (residual is None or residual.dtype == x.dtype) and (bias is None or bias.dtype == x.dtype)
+        if self.peers is not None and ours.serves_sum(x):
+            kind = x.dtype
+            at_once = (residual is None or residual.dtype == kind) and (bias is None or bias.dtype == kind)
             more = (residual, scale, bias) if at_once else (None, 1.0, None)
             if torch.compiler.is_compiling():
                 total = ours.sum_add_of(x, self.name, *more)
             else:
-                assert self.peers is not None
                 total = ours.sum_add(x, self.peers, *more)
             if at_once or residual is None:
                 return total

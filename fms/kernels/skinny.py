@@ -247,6 +247,8 @@ def launch(x: Tensor, weight: Tensor, residual: Tensor | None = None, **how: Any
 
 Sizes = tuple[tuple[int, ...], dict[str, Any]]  # a grid, and what a kernel is compiled for
 _started: dict[Any, Callable[..., None]] = {}
+# without a look at whether CUDA has begun: there are tensors on it
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def start(
@@ -256,7 +258,7 @@ def start(
     for what it has compiled takes longer than most of these kernels run. `key` stands for all that `sizes` depends on.
     Returns what does it for other tensors of these kinds, on the device that is current, if those here are aligned."""
     device = tensors[0].device
-    if device.index is not None and device.index != torch.cuda.current_device():
+    if device.index is not None and device.index != _current_device():
         with torch.cuda.device(device):
             return start(kernel, tensors, numbers, sizes, key)
     addresses = [t.data_ptr() for t in tensors]
@@ -299,7 +301,7 @@ def repeated(kernel: Any, sizes: Callable[[], Sizes], key: Any) -> Callable[[Seq
 
     def run(tensors: Sequence[Tensor], numbers: Sequence[Any]) -> None:
         nonlocal found, index
-        if found is not None and torch.cuda.current_device() == index:
+        if found is not None and _current_device() == index:
             addresses = [t.data_ptr() for t in tensors]
             if not reduce(or_, addresses) % 16:
                 return found(*addresses, *numbers)

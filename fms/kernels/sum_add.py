@@ -65,7 +65,6 @@ def sum_add(
 ) -> Tensor:
     """`residual + scale * (sum of y over ranks + bias)`, the same bits on all ranks: y and residual (..., n), bias (n),
     of one dtype. NaN where another rank has not come for minutes."""
-    assert all(t is None or t.dtype == y.dtype for t in (residual, bias))
     y, n, width = _in_pairs(y), y.numel(), y.shape[-1]
     out = torch.empty_like(y)
     tensors = y, y if residual is None else _in_pairs(residual), y if bias is None else _in_pairs(bias), out
@@ -107,7 +106,7 @@ def _prepare(
 
     larger = kernels.sum_add_shared if size > 2 else kernels.sum_add_once
     kernel = kernels.sum_add if whole else larger
-    return repeated(kernel, sizes, (programs, width, peers.rank, size, alone, bare))
+    return repeated(kernel, sizes, (programs, width, peers.rank, size, alone, bare, room(size)))
 
 
 def _in_pairs(x: Tensor) -> Tensor:

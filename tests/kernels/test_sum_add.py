@@ -12,7 +12,7 @@ from torch import Tensor
 from fms.distributed.symmetric import SymmetricMemory
 from fms.kernels import next_token, sum_add
 from fms.kernels.next_token import make_rows
-from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, SLOT, Peers, make_peers, parts_at, room, shares_at
+from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, Peers, make_peers, parts_at, room, shares_at
 
 # Ranks that wait for each other must not share a queue of the device's, of which there are eight where nothing is said.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -35,12 +35,12 @@ def wanted(parts: list[Tensor], residual: Tensor | None, scale: float, bias: Ten
 
 def flags(memory: Tensor, size: int) -> Tensor:
     """(flag, rank)"""
-    return memory[FLAGS // 8 : parts_at(size) // 8].view(BLOCKS + ROWS, size)
+    return memory[FLAGS // 8 : parts_at(size) // 8].view(sum_add.BLOCKS + ROWS, size)
 
 
 def part(memory: Tensor, size: int, time: int, rank: int) -> Tensor:
     """What this rank has written there, the `time`th time: pairs of elements, each with the count of times."""
-    return memory[parts_at(size) // 8 : shares_at(size) // 8].view(3, size, SLOT // 2)[time % 3, rank]
+    return memory[parts_at(size) // 8 : shares_at(size) // 8].view(3, size, sum_add.SLOT // 2)[time % 3, rank]
 
 
 def stamped(y: Tensor, time: int) -> Tensor:
@@ -175,10 +175,27 @@ def in_turn(memory: list[Tensor], peers: list[Peers], work: Callable[[int], Any]
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_on_a_gpu(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_sums(size, dtype, [((2, 1, 4096), 1000), ((1, 1, 40), 50), ((7, 1, 2056), 50)], monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_larger_sums_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By few programs: those of all ranks, and of the kernels behind that are launched early, are to have room on one
+    GPU. Of one round, of several, and small ones between."""
+    few = {"BLOCKS": 16, "SLOT": 16 * sum_add.BLOCK, "TURN": 300_000}
+    for name, value in few.items():
+        monkeypatch.setattr(sum_add, name, value)
+    shapes = [((2, 65, 1024), 300), ((3, 1025, 256), 100), ((2, 1, 4096), 20), ((2, 65, 4096), 100)]
+    check_sums(size, torch.bfloat16, shapes, monkeypatch)
+
+
+def check_sums(
+    size: int, dtype: torch.dtype, shapes: list[tuple[tuple[int, ...], int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sum_add, "WAIT", 1 << 22)
     memory, peers = together(size, "cuda")
-    shapes = [((2, 1, 4096), 1000), ((1, 1, 40), 50), ((7, 1, 2056), 50), ((2, 65, 4096), 100)]
-    for shape, times in shapes + [((5, 1025, 1024), 20)] * (size == 2):  # programs of more would not all have room
+    for shape, times in shapes:
         parts = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(size)]
         residual = torch.randn(*shape, device="cuda").to(dtype)
         want = wanted(parts, residual, 0.5, None)
