@@ -17,10 +17,12 @@ def serves_add_norm(x: Tensor, norm: nn.Module) -> bool:
 def add_norm(y: Tensor, residual: Tensor, norm: nn.Module, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """`residual + scale * y`, and that normalised: all (..., emb_dim)."""
     known, kind = machine(y.device), norm_kind(norm)
-    if known is None or not kind or residual.dtype != y.dtype:
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (y, residual, *norm.parameters()))
+    if known is None or not kind or learns or residual.dtype != y.dtype:
         total = torch.add(residual, y, alpha=scale)
         return total, normalise(total, norm)
     weight: Any = norm.weight
     bias: Any = norm.bias if kind == 2 else None
-    y, residual, total = y.contiguous(), residual.contiguous(), torch.empty_like(y)
+    y, residual = y.contiguous(), residual.contiguous()
+    total = torch.empty_like(y)
     return total, normalise_rows(y, kind, weight, bias, epsilon(norm), known, residual, scale, total)

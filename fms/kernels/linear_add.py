@@ -12,7 +12,8 @@ def linear_add(x: Tensor, linear: Weights, residual: Tensor, scale: float = 1.0,
     """`residual + scale * linear(x)`: x is (..., in), residual (..., out), which may be overwritten if it is `own`."""
     if (y := skinny.apply(x, linear, residual=residual, scale=scale)) is not None:
         return y
-    if own and linear.bias is None and skinny.passes(x) and residual.is_contiguous() and residual.dtype == x.dtype:
+    alike = residual.dtype == linear.weight.dtype == x.dtype
+    if own and alike and linear.bias is None and residual.is_contiguous() and skinny.passes(x):
         residual.flatten(0, -2).addmm_(x.flatten(0, -2), linear.weight.t(), alpha=scale)  # no pass of its own
         return residual
     return torch.add(residual, F.linear(x, linear.weight, linear.bias), alpha=scale)

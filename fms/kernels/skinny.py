@@ -107,10 +107,14 @@ def apply(
     compiling = torch.compiler.is_compiling()
     ready = None if compiling else getattr(linear, "ready", None)
     if ready is not None:
-        learns = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
-        key = x.shape, x.dtype, x.device, norm, activation, gated, scale, residual is None or residual.dtype
-        if (again := ready.get(key)) is not None and not learns:
-            return again(x, residual)
+        # all that may change: a layer or a norm may be given other parameters, and those other types, at any time
+        w, of, added = linear.weight, None, residual is None or residual.dtype
+        if norm is not None and (g := norm._parameters.get("weight")) is not None:
+            of = id(g), g.dtype, g.device, norm.eps, id(norm._parameters.get("bias"))
+        key = x.shape, x.dtype, x.device, w.dtype, w.device, activation, gated, scale, added, of
+        found = ready.get(key)
+        if found is not None and not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
+            return found[0](x, residual)
     if not serves(x, linear.weight) or (kind := norm_kind(norm)) is None:
         return None
     weight: Any
@@ -122,7 +126,7 @@ def apply(
         return few_rows(*given)
     again = prepare(*given)
     if ready is not None:
-        ready[key] = again
+        ready[key] = again, norm and dict(norm._parameters)  # held, so that no others come to have their ids
     return again(x, residual)
 
 
@@ -247,6 +251,7 @@ def launch(x: Tensor, weight: Tensor, residual: Tensor | None = None, **how: Any
 
 Sizes = tuple[tuple[int, ...], dict[str, Any]]  # a grid, and what a kernel is compiled for
 _started: dict[Any, Callable[..., None]] = {}
+STARTED = 4096  # kept at most: some differ by the length of a prompt
 # without a look at whether CUDA has begun: there are tensors on it
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
@@ -267,6 +272,8 @@ def start(
     key = id(kernel), key, device, *[t.dtype for t in tensors], *(odd or ())
     found = _started.get(key)
     if found is None:
+        if len(_started) > STARTED:
+            _started.clear()
         grid, named = sizes()
         if named.get("EARLY"):
             named["launch_pdl"] = True

@@ -65,6 +65,8 @@ def sum_add(
 ) -> Tensor:
     """`residual + scale * (sum of y over ranks + bias)`, the same bits on all ranks: y and residual (..., n), bias (n),
     of one dtype. NaN where another rank has not come for minutes."""
+    assert residual is None or residual.dtype == y.dtype
+    assert bias is None or bias.dtype == y.dtype
     y, n, width = _in_pairs(y), y.numel(), y.shape[-1]
     out = torch.empty_like(y)
     tensors = y, y if residual is None else _in_pairs(residual), y if bias is None else _in_pairs(bias), out
@@ -94,10 +96,10 @@ def _prepare(
 
     known = machine(device)
     assert known is not None
-    size = peers.size
+    size, met = peers.size, meeting(peers)
 
     def sizes() -> Sizes:
-        named = {"WIDTH": width, **meeting(peers), "EARLY": known.early, "ADD": not alone, "BIAS": not bare}
+        named = {"WIDTH": width, **met, "EARLY": known.early, "ADD": not alone, "BIAS": not bare}
         if whole:
             return (programs,), named | {"BLOCK": BLOCK, "SLOT": SLOT, "PARTS": parts_at(size), "num_warps": 4}
         named |= {"PARTS": shares_at(size), "FLAGS": FLAGS, "BLOCK": SHARED, "ROUND": turn(size), "num_warps": 16}

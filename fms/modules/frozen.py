@@ -133,8 +133,9 @@ class FrozenBlock(Frozen):
         x, h, norm = self.between(heads, x)
         if isinstance(self.ff, MixtureOfExperts | SharedExpert):
             return torch.add(x, self.ff(h if norm is None else normalise(h, norm)), alpha=self.scale)
+        own = norm is None  # else a norm was given it, and who looks on there may keep it
         h = norm_glu(*self.begin(h, norm), self.up, self.activation, self.gated)
-        return self.end(h, self.down, x, self.scale, own=True)
+        return self.end(h, self.down, x, self.scale, own)
 
     def between(self, heads: Tensor, x: Tensor) -> tuple[Tensor, Tensor, nn.Module | None]:
         """{dense + residual}, and what the second sub-layer takes: its input, and the norm yet to be applied."""

@@ -58,10 +58,11 @@ def check_add_norm(rows: int, n: int, kind: type, **where: Any) -> None:
     norm, y, x = kind(n, eps=1e-5, **where), torch.randn(2, rows, n, **where), torch.randn(2, rows, n, **where)
     for p in norm.parameters():
         p.normal_(1, 0.3)
-    poison(2, rows, n, **where)
-    total, h = add_norm(y, x, norm, 0.7)
-    assert far(total, x.float() + 0.7 * y.float()) < 6e-3
-    assert far(h, copy.deepcopy(norm).float()(total.float())) < 6e-3
+    for y1, x1 in ((y, x), (y.transpose(0, 1), x.transpose(0, 1))):
+        poison(2, rows, n, **where)
+        total, h = add_norm(y1, x1, norm, 0.7)
+        assert far(total, x1.float() + 0.7 * y1.float()) < 6e-3
+        assert far(h, copy.deepcopy(norm).float()(total.float())) < 6e-3
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself

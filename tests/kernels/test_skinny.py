@@ -156,6 +156,14 @@ def again_on(device: torch.device, rows: int, dtype: torch.dtype, near: float) -
         assert got is not None
         assert far(got, want if residual is None else residual.float() + 0.7 * want) < near, turn
     assert len(linear.ready) == 2  # with a residual and without one
+    x = random(rows, 128, **where)
+    for change in (lambda: setattr(norm, "weight", nn.Parameter(norm.weight * 3)), norm.float, norm.half):
+        change()
+        h = F.rms_norm(x.float(), (128,), norm.weight.float(), norm.eps)
+        want = F.linear(h, linear.weight.float(), linear.bias.float())  # type: ignore[union-attr]
+        for _ in range(2):
+            assert far(apply(x, linear, norm), want) < near  # type: ignore[arg-type]
+        norm.eps = 2.0  # type: ignore[assignment]
     assert apply(random(1, rows, 128, **where), linear, norm, 1).shape == (1, rows, 33)  # type: ignore[union-attr]
 
 
