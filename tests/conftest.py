@@ -63,10 +63,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("triton")
     import torch
 
-    from fms.kernels import skinny
+    from fms.kernels import launching
 
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("TRITON_INTERPRET=1 is not set")
     device = torch.device("cpu")
-    monkeypatch.setitem(skinny._machines, device, skinny.Machine(4, False))
+    monkeypatch.setitem(launching._machines, device, launching.Machine(4, False))
     return device

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fms.kernels import sum_add as ours
-from fms.kernels.skinny import machine
+from fms.kernels.launching import machine
 
 DTYPES = (torch.bfloat16, torch.float32)  # the kernels know no other
 ONE_SHOT = 256 << 10  # bytes up to which each rank reads all of every other; beyond, a share of each, then the sums

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fms.kernels.skinny import HALF, Sizes, machine, start
+from fms.kernels.launching import HALF, Sizes, machine, start
 
 BLOCK = 2048  # elements a program
 

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fms.kernels.launching import machine
 from fms.kernels.norm_linear import normalise
-from fms.kernels.skinny import ROWS, epsilon, machine, norm_kind, normalise_rows, passes
+from fms.kernels.skinny import ROWS, epsilon, norm_kind, normalise_rows, passes
 
 
 def serves_add_norm(x: Tensor, norm: nn.Module) -> bool:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms.kernels.launching import HALF, machine, power, repeated, start
 from fms.kernels.ops import define
-from fms.kernels.skinny import HALF, epsilon, machine, passes, power, repeated, start
+from fms.kernels.skinny import epsilon, passes
 
 PARTS = 64  # the most that a row's keys are split into
 BLOCK = 64  # keys that are read at once, half of them where programs would have to wait for others to end

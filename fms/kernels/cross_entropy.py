@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fms.kernels.skinny import machine
+from fms.kernels.launching import machine
 
 BLOCK = 4096  # logits that a program reads at once
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fms.kernels.launching import HALF, Sizes, machine, power, start
 from fms.kernels.ops import define
-from fms.kernels.skinny import FUNCTIONS, HALF, Sizes, activation_kind, machine, power, start
+from fms.kernels.skinny import FUNCTIONS, activation_kind
 
 PAIRS = 64  # the most rows times experts a row: each pair reads an expert's weights, a product of many rows once
 PART = 4  # outputs a program

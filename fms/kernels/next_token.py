@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fms.kernels.skinny import machine, power, start
+from fms.kernels.launching import machine, power, start
 from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, Peers, meeting
 
 PARTS = 64  # programs that share a row's vocabulary

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fms.kernels import skinny
+from fms.kernels.launching import start
 from fms.kernels.norm_linear import norm_linear
 from fms.kernels.weights import Weights
 
@@ -34,5 +35,5 @@ def _launch(h: Tensor, activation: int) -> Tensor:
     y = h.new_empty(*h.shape[:-1], n)
     rows, block = y.numel() // n, 2048
     sizes = {"N": n, "BLOCK": block, "ACT": activation, "num_warps": 8}
-    skinny.start(kernels.glu, (h, y), (), lambda: ((rows, -(-n // block)), sizes), (rows, n, activation))
+    start(kernels.glu, (h, y), (), lambda: ((rows, -(-n // block)), sizes), (rows, n, activation))
     return y

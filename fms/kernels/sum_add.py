@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fms.kernels.launching import HALF, Sizes, machine, repeated
 from fms.kernels.ops import define
-from fms.kernels.skinny import HALF, Sizes, machine, repeated
 
 BLOCK = 1024  # elements a program
 BLOCKS = 128  # programs of the largest sum

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fms.kernels import skinny, sum_add
+from fms.kernels import launching, sum_add
 from tests.distributed.ranks import Ranks
 
 SHAPES = ((1, 8), (3, 40), (1, 1, 1000), (2, 7, 96))  # the last two by shares, of one round and of several
@@ -20,7 +20,7 @@ def summed(mesh: Any, folder: str, dtype: torch.dtype) -> list[tuple[Tensor, Ten
     kept = sum_add.BLOCK, sum_add.BLOCKS, sum_add.SLOT, sum_add.SHARED, sum_add.TURN
     sum_add.BLOCK, sum_add.BLOCKS, sum_add.SLOT, sum_add.SHARED, sum_add.TURN = 32, 4, 128, 16, 300
     cpu = torch.device("cpu")
-    machine, skinny._machines[cpu] = skinny._machines.get(cpu), skinny.Machine(4, False)
+    machine, launching._machines[cpu] = launching._machines.get(cpu), launching.Machine(4, False)
     try:
         room = sum_add.room(size)
         memory = [torch.from_file(f"{folder}/{r}", shared=True, size=room, dtype=torch.uint8) for r in range(size)]
@@ -38,7 +38,7 @@ def summed(mesh: Any, folder: str, dtype: torch.dtype) -> list[tuple[Tensor, Ten
         return found
     finally:
         sum_add.BLOCK, sum_add.BLOCKS, sum_add.SLOT, sum_add.SHARED, sum_add.TURN = kept
-        skinny._machines[cpu] = machine
+        launching._machines[cpu] = machine
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fms.kernels import attend as kernel
 from fms.kernels.attend import PART, Scratch, Step, attend, attend_packed, rotate, serves_flash
-from fms.kernels.skinny import Machine, _machines
+from fms.kernels.launching import Machine, _machines
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
 

@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.kernels import skinny
+from fms.kernels import launching, skinny
+from fms.kernels.launching import Machine, machine
 from fms.kernels.skinny import (
     FUNCTIONS,
     Choice,
-    Machine,
     activation_kind,
     apply,
     choose,
     launch,
-    machine,
     norm_kind,
     parts,
     reference,
@@ -236,8 +235,8 @@ def test_programs_that_stay_fit_on_a_multiprocessor(shared: int) -> None:
 
 def test_a_compiler_knows_a_machine_that_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 7)
-    monkeypatch.setattr(skinny, "_machines", {})
+    monkeypatch.setattr(launching, "_machines", {})
     run = torch.compile(lambda x: x + (machine(device) is not None), fullgraph=True, backend="eager")
     assert run(torch.zeros(1)) == 0
-    skinny._machines[device] = Machine(132, True)
+    launching._machines[device] = Machine(132, True)
     assert run(torch.zeros(1)) == 1

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fms.distributed.mesh import data_place
 from fms.distributed.strategy import TensorParallel
-from fms.kernels import skinny
+from fms.kernels import launching
 from fms.models import get_model
 from fms.training.config import TrainConfig
 from fms.training.cross_entropy import head_loss
@@ -249,8 +249,8 @@ def test_sizes_that_do_not_fit(ranks: Ranks) -> None:
 
 def at_once(world: Any, work: str, kernel: bool) -> list[Tensor]:
     """This rank's shards after two steps, by the kernel, which Triton's interpreter runs, or without it."""
-    before = dict(skinny._machines)
-    skinny._machines[CPU] = skinny.Machine(4, False) if kernel else None
+    before = dict(launching._machines)
+    launching._machines[CPU] = launching.Machine(4, False) if kernel else None
     try:
         config = settings("-", batch_size=8 if work == "tp" else 2, clip=0.1, **WORK[work])
         mesh = mesh_for(config, CPU)
@@ -260,7 +260,7 @@ def at_once(world: Any, work: str, kernel: bool) -> list[Tensor]:
         root = share_out(LMLoss(get_model("llama", "micro", distributed_strategy=strategy, **DECODER)), config, mesh)
         optimizer = make_optimizer(root.model, 1e-2)
         assert steps_at_once(optimizer) == kernel
-        skinny._machines[CPU] = None  # for the loss
+        launching._machines[CPU] = None  # for the loss
         for batch in islice(Rows(*place, 1).batches(2), 2):
             (root(batch) / 100).backward()
             if kernel:
@@ -271,8 +271,8 @@ def at_once(world: Any, work: str, kernel: bool) -> list[Tensor]:
             optimizer.zero_grad()
         return [local(p).detach().clone() for p in root.parameters()]
     finally:
-        skinny._machines.clear()
-        skinny._machines.update(before)
+        launching._machines.clear()
+        launching._machines.update(before)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")
