@@ -223,7 +223,7 @@ def _step(qkv: Tensor, angles: Angles | None, layer: Any, step: Step, scale: flo
     given = (qkv, k, v, step.positions, step.scratch.counts, step.scratch.parts, cos, sin, q_norm, k_norm)
     if torch.compiler.is_compiling():
         return attend_one(*given, scale, eps, step.capacity, step.scratch.splits)
-    return _attend(*given, scale, eps, step.capacity, step.scratch.splits, step.scratch.ready)
+    return _attend(given, scale, eps, step.capacity, step.scratch.splits, step.scratch.ready)
 
 
 def attend_step(
@@ -244,26 +244,14 @@ def attend_step(
 ) -> Tensor:
     """Write the new keys and values of packed heads (b, 1, ...) into k and v, attend to them and to what is there."""
     given = (qkv, k, v, positions, counts, parts, cos, sin, q_norm, k_norm)
-    return _attend(*given, scale, eps, capacity, splits, {})
+    return _attend(given, scale, eps, capacity, splits, {})
 
 
 def _attend(
-    qkv: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    counts: Tensor,
-    parts: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    scale: float,
-    eps: float,
-    capacity: int,
-    splits: int,
-    ready: dict[Any, Any],
+    given: tuple[Any, ...], scale: float, eps: float, capacity: int, splits: int, ready: dict[Any, Any]
 ) -> Tensor:
+    """`attend_step`; `ready` has what launches it again."""
+    qkv, k, v, positions, counts, parts, cos, sin, q_norm, k_norm = given
     b, kvheads, slots, head_dim = k.shape
     qkv, width = qkv.contiguous(), qkv.shape[-1] - 2 * kvheads * head_dim
     out = qkv.new_empty(b, 1, width)
@@ -283,7 +271,7 @@ def _attend(
     )
     wide = head_dim if cos is not None and cos.shape[0] > 1 else 0
     numbers = wide, 1 if positions.numel() > 1 else 0, slots, capacity, float(scale), float(eps)
-    key = width, b, turns and cos.dtype, normed and q_norm.dtype  # type: ignore[union-attr]
+    key = width, b, turns and cos.dtype, normed and q_norm.dtype
     run = ready.get(key)
     if run is None:
         group = width // head_dim // kvheads
