@@ -44,7 +44,8 @@ class SymmetricMemory:
 
     def sum(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
         """`residual + scale * (sum of all ranks' x + bias)`, or the sum alone; x, contiguous, may be overwritten."""
-        if self.peers is not None and ours.serves_sum(x):
+        if self.adds(x):
+            assert self.peers is not None
             kind = x.dtype
             at_once = (residual is None or residual.dtype == kind) and (bias is None or bias.dtype == kind)
             more = (residual, scale, bias) if at_once else (None, 1.0, None)

@@ -18,7 +18,7 @@ FUNCTIONS: list[Any] = [lambda x: x, F.silu, F.gelu, partial(F.gelu, approximate
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `launch` takes rows x (..., in) and a weight (out, in)."""
+    """Whether the kernels take rows x (..., in) and a weight (out, in)."""
     return (
         x.is_cuda
         and x.dtype in HALF
@@ -165,8 +165,8 @@ def prepare(
     scale: float = 1.0,
     choice: Choice | None = None,
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """What launches the kernel for `launch`, on these x and residual and on all others of their shape, type and
-    device."""
+    """What computes `residual + scale * act(norm(x) @ weight.T + bias)`, gated `act(gate) * up`, of these x (..., in)
+    and residual (..., out), and of all others of their shape, type and device."""
     from fms.kernels.gpu import linear as kernels
 
     m = machine(x.device)
@@ -207,11 +207,6 @@ def prepare(
         return y
 
     return again
-
-
-def launch(x: Tensor, weight: Tensor, residual: Tensor | None = None, **how: Any) -> Tensor:
-    """`residual + scale * act(norm(x) @ weight.T + bias)`; gated, `act(gate) * up`: x (..., in) to (..., out)."""
-    return prepare(x, weight, residual=residual, **how)(x, residual)
 
 
 def normalise_rows(
@@ -260,7 +255,7 @@ def reference(
     residual: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """What `launch` computes, in plain operations."""
+    """What `prepare` gives computes, in plain operations."""
     if norm_weight is not None:
         x = normalise(x, norm, norm_weight, norm_bias, eps)
     y = F.linear(x, weight, bias)

@@ -73,28 +73,19 @@ def sum_add(
     whole = n <= SLOT
     ranks = peers.size if peers.size > 2 else 1  # that share the additions
     programs = -(-n // BLOCK) if whole else min(-(-n // (SHARED * ranks)), BLOCKS)
-    key = whole, programs, width, y.dtype, residual is None, bias is None
-    run = peers.ready.get(key)
+    kind = whole, programs, width, residual is None, bias is None
+    run = peers.ready.get((y.dtype, *kind))
     if run is None:
-        run = peers.ready[key] = _prepare(y.device, peers, *key)
+        run = peers.ready[y.dtype, *kind] = _prepare(peers, *kind)
     run((*tensors, peers.bases, peers.times), (n // 8, float(scale)))
     return out
 
 
-def _prepare(
-    device: torch.device,
-    peers: Peers,
-    whole: bool,
-    programs: int,
-    width: int,
-    kind: torch.dtype,
-    alone: bool,
-    bare: bool,
-) -> Any:
+def _prepare(peers: Peers, whole: bool, programs: int, width: int, alone: bool, bare: bool) -> Any:
     """What launches such sums, `alone` without a residual and `bare` without a bias."""
     from fms.kernels.gpu import ranks as kernels
 
-    known = machine(device)
+    known = machine(peers.bases.device)
     assert known is not None
     size, met = peers.size, meeting(peers)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fms.kernels import launching, sum_add
 from tests.distributed.ranks import Ranks
 
-SHAPES = ((1, 8), (3, 40), (1, 1, 1000), (2, 7, 96))  # the last two by shares, of one round and of several
+SHAPES = ((1, 8), (3, 40), (1, 1, 1000), (2, 7, 96))  # the last two are larger, and of several rounds
 
 
 def summed(mesh: Any, folder: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

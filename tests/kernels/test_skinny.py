@@ -16,9 +16,9 @@ from fms.kernels.skinny import (
     activation_kind,
     apply,
     choose,
-    launch,
     norm_kind,
     parts,
+    prepare,
     reference,
     serves,
 )
@@ -62,6 +62,10 @@ def case(
         given |= {"residual": random(rows, n, **where), "scale": 0.7}
         y = given["residual"].float() + 0.7 * y
     return given | {"bias": b}, y
+
+
+def launch(x: Tensor, weight: Tensor, residual: Tensor | None = None, **how: Any) -> Tensor:
+    return prepare(x, weight, residual=residual, **how)(x, residual)
 
 
 def far(got: Tensor, want: Tensor) -> float:
