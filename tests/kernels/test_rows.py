@@ -12,6 +12,8 @@ from fms.kernels import norm_glu as glu
 from fms.kernels import skinny
 from fms.kernels.add_norm import add_norm
 from fms.kernels.attend import _rotate, attend_packed, rotate
+from fms.kernels.linear_add import linear_add
+from fms.modules.frozen import Fused
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
 
@@ -74,6 +76,28 @@ def test_interpreted(interpreted: torch.device) -> None:
     check_glu(1, 2100, dtype=torch.float16)
     check_add_norm(3, 100, nn.RMSNorm, dtype=torch.float16)
     check_add_norm(2, 64, nn.LayerNorm, dtype=torch.float16)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+def test_a_gradient_of_the_norm_alone(interpreted: torch.device) -> None:
+    norm, y, x = norms_of(16, dtype=torch.float16)[0], torch.randn(2, 16).half(), torch.randn(2, 16).half()
+    add_norm(y, x, norm)[1].sum().backward()
+    assert norm.weight.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+@torch.no_grad()
+def test_a_residual_of_ones_own(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is added to in place, not under autocast with a weight of another type, nor where it is not one's own."""
+    monkeypatch.setattr(skinny, "passes", lambda x: True)
+    x, weight = torch.randn(2, 40, 8).bfloat16(), torch.randn(16, 8).bfloat16()
+    for own, kind in ((True, weight.dtype), (False, weight.dtype), (True, torch.float32)):
+        residual = torch.randn(2, 40, 16).bfloat16()
+        want = residual.float() + 0.5 * F.linear(x.float(), weight.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            got = linear_add(x, Fused(weight.to(kind), None), residual, 0.5, own)
+        assert far(got, want) < 6e-3
+        assert (got.data_ptr() == residual.data_ptr()) == (own and kind == x.dtype)
 
 
 @pytest.mark.gpu
