@@ -160,6 +160,7 @@ def again_on(device: torch.device, rows: int, dtype: torch.dtype, near: float) -
         assert far(got, want if residual is None else residual.float() + 0.7 * want) < near, turn
     assert len(linear.ready) == 2  # with a residual and without one
     x = random(rows, 128, **where)
+    apply(x, linear, norm)
     for change in (lambda: setattr(norm, "weight", nn.Parameter(norm.weight * 3)), norm.float, norm.half):
         change()
         h = F.rms_norm(x.float(), (128,), norm.weight.float(), norm.eps)
