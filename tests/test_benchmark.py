@@ -132,6 +132,12 @@ def test_a_tie_is_not_wrong(bench):
     assert bench._compare(other) == "differs in row 0 at new token 1"
 
 
+@pytest.mark.parametrize(("layers", "near"), [(2, 1e-3), (32, 1e-3), (128, 2e-3)])
+def test_more_layers_round_more(layers, near):
+    bench = Bench(small_model(nlayers=layers), 1, 2, 1, check=False)
+    assert bench.near == pytest.approx(near)
+
+
 def test_not_finite_is_wrong(bench):
     assert bench._compare(torch.full_like(bench.expected[0], float("nan"))).startswith("differs")
     assert bench._compare(torch.full((2,), -1)).startswith("differs")  # what a captured step says of such logits
