@@ -1,13 +1,11 @@
 """{residual + norm}: between two sub-layers, of more rows than the kernels for few take."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from fms.kernels.launching import machine
-from fms.kernels.norm_linear import normalise
-from fms.kernels.skinny import ROWS, epsilon, norm_kind, normalise_rows, passes
+from fms.kernels.norm_linear import learns, normalise
+from fms.kernels.skinny import ROWS, norm_kind, normalise_rows, parts_of, passes
 
 
 def serves_add_norm(x: Tensor, norm: nn.Module) -> bool:
@@ -18,12 +16,10 @@ def serves_add_norm(x: Tensor, norm: nn.Module) -> bool:
 def add_norm(y: Tensor, residual: Tensor, norm: nn.Module, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """`residual + scale * y`, and that normalised: all (..., emb_dim)."""
     known, kind = machine(y.device), norm_kind(norm)
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (y, residual, *norm.parameters()))
-    if known is None or not kind or learns or residual.dtype != y.dtype:
+    learning = learns(norm) or (torch.is_grad_enabled() and (y.requires_grad or residual.requires_grad))
+    if known is None or not kind or learning or residual.dtype != y.dtype:
         total = torch.add(residual, y, alpha=scale)
         return total, normalise(total, norm)
-    weight: Any = norm.weight
-    bias: Any = norm.bias if kind == 2 else None
     y, residual = y.contiguous(), residual.contiguous()
     total = torch.empty_like(y)
-    return total, normalise_rows(y, kind, weight, bias, epsilon(norm), known, residual, scale, total)
+    return total, normalise_rows(y, kind, *parts_of(norm, kind), known, residual, scale, total)

@@ -52,6 +52,11 @@ def norm_kind(norm: nn.Module | None) -> int | None:
     return 2 if isinstance(norm, nn.LayerNorm) and norm.bias is not None else None
 
 
+def parts_of(norm: Any, kind: int) -> tuple[Tensor, Tensor | None, float]:
+    """Weight, bias and epsilon of a norm of this kind."""
+    return norm.weight, norm.bias if kind == 2 else None, epsilon(norm)
+
+
 def epsilon(norm: Any) -> float:
     return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
 
@@ -73,6 +78,8 @@ def apply(
     scale: float = 1.0,
 ) -> Tensor | None:
     """What `few_rows` gives, launched at once or, for a compiler, as one operation; `None` if this is not served."""
+    if x.numel() > ROWS * x.shape[-1]:
+        return None
     compiling = torch.compiler.is_compiling()
     ready = None if compiling else getattr(linear, "ready", None)
     if ready is not None:
@@ -86,10 +93,7 @@ def apply(
             return found[0](x, residual)
     if not serves(x, linear.weight) or (kind := norm_kind(norm)) is None:
         return None
-    weight: Any
-    bias: Any
-    weight, eps = (None, 0.0) if norm is None else (norm.weight, epsilon(norm))
-    bias = norm.bias if norm is not None and kind == 2 else None
+    weight, bias, eps = (None, None, 0.0) if norm is None else parts_of(norm, kind)
     given = (x, linear.weight, linear.bias, kind, weight, bias, eps, activation, gated, residual, scale)
     if compiling:
         return few_rows(*given)

@@ -13,6 +13,7 @@ from fms.kernels import skinny
 from fms.kernels.add_norm import add_norm
 from fms.kernels.attend import _rotate, attend_packed, rotate
 from fms.kernels.linear_add import linear_add
+from fms.kernels.norm_linear import normalise
 from fms.modules.frozen import Fused
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
@@ -64,11 +65,15 @@ def check_add_norm(rows: int, n: int, kind: type, **where: Any) -> None:
         poison(2, rows, n, **where)
         total, h = add_norm(y1, x1, norm, 0.7)
         assert far(total, x1.float() + 0.7 * y1.float()) < 6e-3
-        assert far(h, copy.deepcopy(norm).float()(total.float())) < 6e-3
+        want = copy.deepcopy(norm).float()(total.float())
+        assert far(h, want) < 6e-3
+        poison(2, rows, n, **where)
+        assert far(normalise(total, norm), want) < 6e-3
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # of the interpreter itself
-def test_interpreted(interpreted: torch.device) -> None:
+def test_interpreted(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skinny, "passes", lambda x: not (torch.is_grad_enabled() and x.requires_grad))
     for of_rows, normed, rope in ((False, False, True), (True, True, True), (False, True, False)):
         check_rotate(2, 3, 4, 2, 16, of_rows=of_rows, normed=normed, rope=rope, dtype=torch.float16)
     check_rotate(1, 2, 17, 1, 10, of_rows=False, normed=False, dtype=torch.float16)
@@ -79,9 +84,13 @@ def test_interpreted(interpreted: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")
-def test_a_gradient_of_the_norm_alone(interpreted: torch.device) -> None:
+def test_a_gradient_of_the_norm_alone(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     norm, y, x = norms_of(16, dtype=torch.float16)[0], torch.randn(2, 16).half(), torch.randn(2, 16).half()
     add_norm(y, x, norm)[1].sum().backward()
+    assert norm.weight.grad.any()
+    norm.weight.grad.zero_()
+    monkeypatch.setattr(skinny, "passes", lambda x: True)
+    normalise(x, norm).sum().backward()
     assert norm.weight.grad.any()
 
 
