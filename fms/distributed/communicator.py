@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from fms.distributed.symmetric import SymmetricMemory, set_up
 from fms.kernels.sum_add import Peers
+from fms.kernels.weights import Weights
 
 log = logging.getLogger(__name__)
 _ops = torch.ops._c10d_functional
@@ -110,6 +111,14 @@ class Communicator:
         x = self.leave(x)
         return torch.add(residual, x if bias is None else x + bias, alpha=scale)
 
+    def linear_add(self, x: Tensor, linear: Weights, residual: Tensor, scale: float = 1.0) -> Tensor | None:
+        if self.tokens is not None or (symmetric := self.symmetric) is None:
+            return None
+        y = symmetric.linear_sum(x, linear.weight, linear.bias, residual, scale)
+        if y is not None and not torch.compiler.is_compiling():
+            self._count_symmetric(y)
+        return y
+
     @property
     def peers(self) -> Peers | None:
         """What our own kernels reach the other ranks by."""
@@ -176,9 +185,12 @@ class Communicator:
             return self.symmetric if self.symmetric.adds(x) else None
         if not self.symmetric.takes(x):
             return None
+        self._count_symmetric(x)
+        return self.symmetric
+
+    def _count_symmetric(self, x: Tensor) -> None:
         self._count("all_reduce", x)
         self._count("all_reduce by symm_mem", x)
-        return self.symmetric
 
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' x, of one shape, one after the other along the last dimension."""

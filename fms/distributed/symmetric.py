@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fms.kernels import sum_add as ours
 from fms.kernels.launching import machine
+from fms.kernels.linear_sum import linear_sum, linear_sum_of, serves_linear_sum
 
 DTYPES = (torch.bfloat16, torch.float32)  # the kernels know no other
 ONE_SHOT = 256 << 10  # bytes up to which each rank reads all of every other; beyond, a share of each, then the sums
@@ -33,7 +34,7 @@ class SymmetricMemory:
             # kept here, as kernels know addresses only
             self.room, addresses = _shared(ours.room(dist.get_world_size(group)), group, device)
             self.peers = ours.make_peers(addresses, dist.get_rank(group), device)
-            ours.register_peers(self.name, self.peers)
+            ours.peers_of[self.name] = self.peers
 
     def adds(self, x: Tensor) -> bool:
         """Whether our own kernel takes x, which alone can be compiled."""
@@ -64,6 +65,17 @@ class SymmetricMemory:
                 return total if small else x.copy_(total)  # the next sum goes where this one is
         return torch.add(residual, total if bias is None else total + bias, alpha=scale)
 
+    def linear_sum(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: float = 1.0
+    ) -> Tensor | None:
+        """The same of all ranks' x times their weights, where one kernel does it."""
+        if self.peers is None:
+            return None
+        if not torch.compiler.is_compiling():
+            return linear_sum(x, weight, bias, residual, self.peers, scale)
+        served = serves_linear_sum(x, weight, bias, residual)
+        return linear_sum_of(x, weight, bias, residual, self.name, scale) if served else None
+
     def check(self, rank: int, size: int) -> str:
         """What is wrong with sums of small whole numbers, if anything. All ranks do all of it, but for a kernel of ours
         that is wrong, which is asked no more: one that waits in vain waits for minutes."""
@@ -80,6 +92,13 @@ class SymmetricMemory:
                     x = (place + rank % 2).bfloat16()
                     if not (self.sum(x, torch.ones_like(x), 2.0) == 1 + 2 * (size * place + size // 2)).all():
                         return f"symmetric memory: a wrong sum of {n} numbers by our kernel"
+            place = torch.arange(4104, device=self.peers.bases.device) % 3
+            weight = place.bfloat16()[:, None].repeat(1, 64)
+            for turn in range(4):  # each of two places twice
+                x = torch.full((2, 64), 1.0 + rank % 2, dtype=weight.dtype, device=weight.device)
+                y = self.linear_sum(x, weight, None, 64 * (weight.T[:2] + turn), 2.0)
+                if y is not None and not (y == 64 * (place + turn + 2 * place * (size + size // 2))).all():
+                    return "symmetric memory: a wrong sum of products by our kernel"
         return wrong[0] if wrong else ""
 
     def __str__(self) -> str:
@@ -95,11 +114,13 @@ def set_up(group: dist.ProcessGroup, device_type: str) -> tuple[SymmetricMemory 
     if device_type != "cuda":
         return None, f"symmetric memory is between GPUs, not on {device_type}"
     if group not in _known:
-        if len(set(of_all(group, socket.gethostname()))) > 1:
-            _known[group] = None, "symmetric memory is within one machine"
+        # of one kind: what the programs of a kernel do, and how many they are, is alike on all ranks
+        device = torch.device("cuda", torch.cuda.current_device())
+        if len(set(of_all(group, (socket.gethostname(), machine(device))))) > 1:
+            _known[group] = None, "symmetric memory is between GPUs of one kind in one machine"
         else:
             with torch.inference_mode(False):  # buffers of it could not be written to outside of it
-                _known[group] = _made(group, torch.device("cuda", torch.cuda.current_device()))
+                _known[group] = _made(group, device)
     return _known[group]
 
 

@@ -15,6 +15,7 @@ SLOT = BLOCK * BLOCKS  # elements of parts that carry their count, and up to whi
 SHARED = 8192  # elements a program adds at once of more
 TURN = 5 << 20  # about as many elements are added of more before their memory is used again
 MOST = 1 << 25  # elements up to which it was measured to be faster than NCCL
+PROGRAMS, PAIRS = 1024, 64  # of products that sum as they go: the most, and the most pairs of outputs of each
 FLAGS = 3 * ROWS * 8  # where in the memory, behind what is said of tokens, the counts of meetings begin
 WAIT = 1 << 28  # looks for another rank, of a half to one microsecond each
 
@@ -47,13 +48,19 @@ def turn(size: int) -> int:
     return max(TURN // once, 1) * once
 
 
-def room(size: int) -> int:
+def products_at(size: int) -> int:
+    """Where parts of products begin: two places for each program of each rank."""
     return shares_at(size) + 2 * turn(size) * 2
+
+
+def room(size: int) -> int:
+    return products_at(size) + 2 * size * PROGRAMS * PAIRS * 8
 
 
 def make_peers(addresses: list[int], rank: int, device: torch.device) -> Peers:
     bases = torch.tensor(addresses, dtype=torch.long, device=device)
-    return Peers(bases, torch.zeros(BLOCKS + ROWS, dtype=torch.long, device=device), rank, len(addresses), {})
+    times = torch.zeros(BLOCKS + ROWS + PROGRAMS, dtype=torch.long, device=device)
+    return Peers(bases, times, rank, len(addresses), {})
 
 
 def serves_sum(y: Tensor) -> bool:
@@ -67,9 +74,9 @@ def sum_add(
     of one dtype. NaN where another rank has not come for minutes."""
     assert residual is None or residual.dtype == y.dtype
     assert bias is None or bias.dtype == y.dtype
-    y, n, width = _in_pairs(y), y.numel(), y.shape[-1]
+    y, n, width = in_pairs(y), y.numel(), y.shape[-1]
     out = torch.empty_like(y)
-    tensors = y, y if residual is None else _in_pairs(residual), y if bias is None else _in_pairs(bias), out
+    tensors = y, y if residual is None else in_pairs(residual), y if bias is None else in_pairs(bias), out
     whole = n <= SLOT
     ranks = peers.size if peers.size > 2 else 1  # that share the additions
     programs = -(-n // BLOCK) if whole else min(-(-n // (SHARED * ranks)), BLOCKS)
@@ -102,7 +109,7 @@ def _prepare(peers: Peers, whole: bool, programs: int, width: int, alone: bool, 
     return repeated(kernel, sizes, (programs, width, peers.rank, size, alone, bare, room(size)))
 
 
-def _in_pairs(x: Tensor) -> Tensor:
+def in_pairs(x: Tensor) -> Tensor:
     """x, or a copy, whose elements can be read two at a time."""
     x = x.contiguous()
     return x if x.data_ptr() % 4 == 0 else x.clone()
@@ -114,16 +121,17 @@ def meeting(peers: Peers | None) -> dict[str, int]:
     return {"RANK": rank, "RANKS": size, "WAIT": WAIT}
 
 
-_peers: dict[str, Peers] = {}  # by the name of their group, as a compiled graph has no other handle
+def products(peers: Peers) -> dict[str, int]:
+    """The same of products that sum as they go, and where their places and counts are."""
+    places = {"PROGRAMS": PROGRAMS, "PAIRS": PAIRS, "PARTS": products_at(peers.size), "TIMES": BLOCKS + ROWS}
+    return places | meeting(peers)
 
 
-def register_peers(group: str, peers: Peers) -> None:
-    """Let `sum_add_of` find the ranks of this group."""
-    _peers[group] = peers
+peers_of: dict[str, Peers] = {}  # by the name of their group, as a compiled graph has no other handle
 
 
 def _sum_add(y: Tensor, group: str, residual: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
-    return sum_add(y, _peers[group], residual, scale, bias)
+    return sum_add(y, peers_of[group], residual, scale, bias)
 
 
 sum_add_of = define("sum_add", _sum_add, lambda y, group, residual, scale, bias: torch.empty_like(y))

@@ -96,6 +96,8 @@ class Frozen(nn.Module):
         if it is the block's `own`."""
         if self.comm is None:
             return linear_add(x, linear, residual, scale, own)
+        if (y := self.comm.linear_add(x, linear, residual, scale)) is not None:
+            return y
         return self.comm.leave_add(norm_linear(x, None, linear.unbiased), residual, scale, linear.bias)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fms.kernels.sum_add import Peers
+from fms.kernels.weights import Weights
 
 Plan = dict[str, str]  # a part's name ("" is the module itself) to its word
 
@@ -46,6 +47,9 @@ class Communicator(Protocol):
 
     def leave_add(self, x: Tensor, residual: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
         """`residual + scale * (leave(x) + bias)`, without a gradient."""
+
+    def linear_add(self, x: Tensor, linear: Weights, residual: Tensor, scale: float = 1.0) -> Tensor | None:
+        """`leave_add` of x times the weight, with the bias, where one kernel does it, else `None`."""
 
     @property
     def peers(self) -> Peers | None:

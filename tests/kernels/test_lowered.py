@@ -25,6 +25,7 @@ def test_what_is_read_before_the_wait() -> None:
         "walk": ["w"],
         "tile": ["w"],
         "sum": ["bases"],
+        "product, sum": ["bases", "w"],
         "attend": ["k", "positions", "v"],
         "attend, groups": ["k", "positions", "v"],
     }

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from fms.kernels.experts import few_through_experts
+from fms.kernels.linear_sum import linear_sum_of
 from fms.kernels.ops import define
 from fms.kernels.skinny import few_rows
+from fms.kernels.sum_add import make_peers, peers_of, room
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -16,6 +18,17 @@ def test_few_rows(gated: bool) -> None:
     x, weight, bias = torch.randn(2, 1, 16), torch.randn(24, 16), torch.randn(24)
     norm, residual = torch.randn(16), torch.randn(2, 1, 12 if gated else 24)
     torch.library.opcheck(few_rows, (x, weight, bias, 1, norm, None, 1e-6, 1, gated, residual, 0.5), test_utils=CHECKS)
+
+
+def test_linear_sum(interpreted: torch.device) -> None:
+    """Of one rank alone, by its operations one after the other."""
+    memory = torch.zeros(room(1) // 8, dtype=torch.long)
+    peers_of["alone"] = make_peers([memory.data_ptr()], 0, interpreted)
+    x, weight, bias = torch.randn(2, 1, 16).half(), torch.randn(24, 16).half(), torch.randn(24).half()
+    given = (x, weight, bias, torch.randn(2, 1, 24).half(), "alone", 0.5)
+    torch.library.opcheck(linear_sum_of, given, test_utils=CHECKS)
+    want = given[3].float() + 0.5 * (x.float() @ weight.float().T + bias.float())
+    torch.testing.assert_close(linear_sum_of(*given).float(), want, rtol=2e-3, atol=5e-3)
 
 
 def test_experts() -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fms.distributed.symmetric import SymmetricMemory
-from fms.kernels import next_token, sum_add
+from fms.kernels import linear_sum, next_token, sum_add
+from fms.kernels.launching import Machine
 from fms.kernels.next_token import make_rows
-from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, Peers, make_peers, parts_at, room, shares_at
+from fms.kernels.sum_add import BLOCKS, FLAGS, ROWS, Peers, make_peers, parts_at, products_at, room, shares_at
 
 # Ranks that wait for each other must not share a queue of the device's, of which there are eight where nothing is said.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -64,7 +65,7 @@ def test_a_sum_with_others_that_were_there_before(
             part(memory[rank], size, time + 2, r)[:pairs] = -1  # some are ahead
     got = sum_add.sum_add(parts[rank], mine, residual, 0.5, bias)
     torch.testing.assert_close(got, wanted(parts, residual, 0.5, bias), rtol=1e-3, atol=1e-3)
-    assert mine.times.tolist() == [time + 1] * 3 + [time] * (BLOCKS + ROWS - 3)
+    assert mine.times.tolist() == [time + 1] * 3 + [time] * (len(mine.times) - 3)
     for r in range(size):
         if r != rank:
             assert torch.equal(part(memory[r], size, time + 1, rank)[:pairs], stamped(parts[rank], time + 1))
@@ -103,9 +104,19 @@ def test_what_all_ranks_try_first(size: int) -> None:
         asked.append(x.numel())
         return (residual.float() + scale * (x.float() * size + size // 2)).to(x.dtype)  # every other rank has 1 more
 
-    sums.sum = right  # type: ignore[assignment, method-assign]
+    def right_too(x: Tensor, weight: Tensor, bias: None, residual: Tensor, scale: float) -> Tensor:
+        y = x.float() @ weight.float().T
+        return (residual.float() + scale * (y * size + y * (size // 2))).to(
+            x.dtype
+        )  # every other rank has twice as much
+
+    sums.sum, sums.linear_sum = right, right_too  # type: ignore[assignment, method-assign]
     assert sums.check(0, size) == ""
     assert asked.count(8) == 6
+    sums.linear_sum = lambda *given: None  # type: ignore[method-assign]
+    assert sums.check(0, size) == ""
+    sums.linear_sum = lambda *given: right_too(*given).roll(1)  # type: ignore[method-assign]
+    assert "a wrong sum of products" in sums.check(0, size)
     sums.sum = lambda *given: right(*given).roll(1)  # type: ignore[assignment, method-assign]
     assert "a wrong sum of 8 numbers" in sums.check(0, size)
 
@@ -114,6 +125,11 @@ def test_a_rank_that_never_comes_ends_the_wait(interpreted: torch.device, monkey
     monkeypatch.setattr(sum_add, "WAIT", 3)
     _, peers = together(2, "cpu")
     assert sum_add.sum_add(torch.ones(8).half(), peers[0]).isnan().all()
+    monkeypatch.setattr(linear_sum, "serves", lambda x, weight: True)
+    x, weight = torch.ones(2, 16).half(), torch.ones(64, 16).half()
+    got = linear_sum.linear_sum(x, weight, None, torch.ones(2, 64).half(), peers[0])
+    assert got is not None
+    assert got.isnan().all()
 
 
 @pytest.mark.parametrize("ours", [2.0, -2.0])
@@ -157,6 +173,7 @@ def in_turn(memory: list[Tensor], peers: list[Peers], work: Callable[[int], Any]
         for time in range(times):
             torch.cuda.synchronize()
             memory[rank][parts_at(size) // 8 : shares_at(size) // 8] = time + 1 << 32
+            memory[rank][products_at(size) // 8 :] = time + 1 << 32
             torch.cuda.synchronize()
             run(rank)
         torch.cuda.synchronize()
@@ -210,6 +227,34 @@ def check_sums(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_on_a_gpu(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for some of the GPU's multiprocessors, so that there is room for all ranks'. Weights that are read in one part
+    and in two, one row and two, and other sums between."""
+    monkeypatch.setattr(sum_add, "WAIT", 1 << 22)
+    monkeypatch.setattr(linear_sum, "machine", lambda device: Machine(16, torch.cuda.get_device_capability()[0] >= 9))
+    memory, peers = together(size, "cuda")
+    for rows, n, k, times in ((2, 4096, 2048, 1000), (1, 1032, 1376, 300), (2, 2056, 5120, 300), (2, 200, 64, 300)):
+        xs = [torch.randn(rows, 1, k, device="cuda").to(dtype) for _ in range(size)]
+        weights = [(torch.randn(n, k, device="cuda") / k**0.5).to(dtype) for _ in range(size)]
+        residual, bias = torch.randn(rows, 1, n, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+        want = residual.float() + 0.5 * bias.float()
+        for x, weight in zip(xs, weights, strict=True):
+            want += 0.5 * (x.float() @ weight.float().T)
+
+        def work(rank: int, xs=xs, weights=weights, residual=residual, bias=bias) -> Tensor:
+            first = linear_sum.linear_sum(xs[rank], weights[rank], bias, residual, peers[rank], 0.5)
+            assert first is not None
+            return torch.stack((first, sum_add.sum_add(residual, peers[rank])))
+
+        each = [torch.stack(one) for one in in_turn(memory, peers, work, times)]
+        torch.testing.assert_close(each[0][0, 0].float(), want, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(each[0][0, 1].float(), size * residual.float(), rtol=1e-2, atol=1e-2)
+        assert all(torch.equal(one, each[0][:1].expand_as(one)) for one in each)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
 def test_choices_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sum_add, "WAIT", 1 << 22)
     memory, peers = together(size, "cuda")
@@ -234,3 +279,5 @@ def test_choices_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_memory_has_room_for_everything(size: int) -> None:
     assert FLAGS % 16 == parts_at(size) % 16 == 0
     assert flags(torch.zeros(room(size) // 8, dtype=torch.long), size).numel() == (BLOCKS + ROWS) * size
+    assert products_at(size) % 16 == 0
+    assert room(size) - products_at(size) == 2 * size * sum_add.PROGRAMS * sum_add.PAIRS * 8
