@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fms.kernels.launching import Sizes, machine, repeated
+from fms.kernels.launching import Sizes, machine, power, repeated
 from fms.kernels.ops import define
-from fms.kernels.skinny import REGISTERS, choose, few_rows, serves
+from fms.kernels.skinny import ROWS, choose, few_rows, serves
 from fms.kernels.sum_add import Peers, in_pairs, peers_of, products, room, sum_add
 
 
@@ -18,7 +18,7 @@ def linear_sum(
     """`residual + scale * (the ranks' sum of x @ weight.T + bias)`, the same bits on all ranks: x (..., in), residual
     (..., out), of one dtype. `None` on all of them where no kernel does this at once. NaN where another rank has not
     come for minutes."""
-    if x.numel() > 2 * x.shape[-1]:
+    if x.numel() > ROWS * x.shape[-1]:
         return None
     biased = bias is None or bias.dtype
     kind = x.shape, x.dtype, x.device, weight.shape, weight.dtype, weight.device, biased, residual.dtype
@@ -37,7 +37,7 @@ def linear_sum(
 def serves_linear_sum(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
     """Whether this may be done at once. A compiler, which can't know more, is given `linear_sum_of`."""
     alike = residual.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-    return serves(x, weight) and x.numel() <= 2 * x.shape[-1] and weight.shape[0] % 8 == 0 and alike
+    return serves(x, weight) and weight.shape[0] % 8 == 0 and alike
 
 
 def _none(tensors: Sequence[Tensor], numbers: Sequence[Any]) -> None:
@@ -46,27 +46,30 @@ def _none(tensors: Sequence[Tensor], numbers: Sequence[Any]) -> None:
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, peers: Peers) -> Any:
     """What launches such products, or `None`."""
-    from fms.kernels.gpu import ranks as kernels
+    from fms.kernels.gpu import linear_sum as kernels
 
     m = machine(x.device)
     if m is None or not serves_linear_sum(x, weight, bias, residual):
         return None
     n, k = weight.shape
-    made = choose(x.numel() // k, n, k, 0, False, m)
-    if made is None or made.form != "stream" or made.sizes["BN"] < 2:
+    rows = x.numel() // k
+    made = choose(rows, n, k, 0, False, m)
+    if made is None or made.form == "walk" or made.sizes["BN"] < 2:
         return None
-    chosen, warps, met = made.sizes, made.warps, products(peers)
-    programs = min(-(-n // chosen["BN"]), chosen["GRID"])
-    if programs > met["PROGRAMS"] or -(-n // (programs * chosen["BN"])) * chosen["BN"] > met["PAIRS"]:
+    chosen, tiles = made.sizes, made.form == "tile"
+    programs, met = -(-n // chosen["BN"]), products(peers, tiles)
+    if not tiles:
+        programs = min(programs, chosen["GRID"])
+    each = chosen["BN"] * chosen["M"] // 2 if tiles else -(-n // (programs * chosen["BN"])) * chosen["BN"]
+    if programs > met["PROGRAMS"] or each > met["PAIRS"]:
         return None
 
     def sizes() -> Sizes:
-        each = max(chosen["GRID"] // m.multiprocessors, 1)
-        named = {"N": n, "K": k, **chosen, "GRID": programs, **met, "BIAS": bias is not None, "EARLY": m.early}
-        return (programs,), named | {"num_warps": warps, "maxnreg": min(REGISTERS // (each * 32 * warps) // 8 * 8, 255)}
+        named = {"N": n, "K": k, **chosen, **met, "BIAS": bias is not None, "EARLY": m.early, "num_warps": made.warps}
+        return (programs,), named if tiles else named | {"GRID": programs, "maxnreg": made.registers(m)}
 
-    key = n, k, programs, bias is None, peers.rank, peers.size, room(peers.size)
-    return repeated(kernels.linear_sum, sizes, key)
+    key = power(rows), n, k, programs, bias is None, peers.rank, peers.size, room(peers.size)
+    return repeated(kernels.tile_sum if tiles else kernels.stream_sum, sizes, key)
 
 
 def _linear_sum(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, group: str, scale: float) -> Tensor:

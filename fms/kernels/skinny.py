@@ -110,6 +110,11 @@ class Choice(NamedTuple):
     sizes: dict[str, int]
     warps: int
 
+    def registers(self, m: Machine) -> int:
+        """What each thread may have, for as many programs as are planned to be on a multiprocessor at once."""
+        each = max(self.sizes["GRID"] // m.multiprocessors, 1)
+        return min(REGISTERS // (each * 32 * self.warps) // 8 * 8, 255)
+
 
 def parts(k: int) -> dict[str, int]:
     """Powers of two that a row of k is read in, the second 1 where one does."""
@@ -196,8 +201,7 @@ def prepare(
         found |= {"ADD": adds, "EARLY": m.early, "num_warps": warps}
         if form == "stream":
             programs = min(programs, chosen["GRID"])
-            each = max(chosen["GRID"] // m.multiprocessors, 1)  # programs on a multiprocessor, all there at once
-            found |= {"GRID": programs, "maxnreg": min(REGISTERS // (each * 32 * warps) // 8 * 8, 255)}
+            found |= {"GRID": programs, "maxnreg": made.registers(m)}
         if not tile:
             found["NORM"] = norm
         return (programs,), found

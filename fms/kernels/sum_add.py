@@ -15,7 +15,8 @@ SLOT = BLOCK * BLOCKS  # elements of parts that carry their count, and up to whi
 SHARED = 8192  # elements a program adds at once of more
 TURN = 5 << 20  # about as many elements are added of more before their memory is used again
 MOST = 1 << 25  # elements up to which it was measured to be faster than NCCL
-PROGRAMS, PAIRS = 1024, 64  # of products that sum as they go: the most, and the most pairs of outputs of each
+# Of products that sum as they go the most programs, and of each the most pairs of outputs: of one row or two, of more.
+STREAMS, TILES = (1024, 64), (512, 512)
 FLAGS = 3 * ROWS * 8  # where in the memory, behind what is said of tokens, the counts of meetings begin
 WAIT = 1 << 28  # looks for another rank, of a half to one microsecond each
 
@@ -49,17 +50,17 @@ def turn(size: int) -> int:
 
 
 def products_at(size: int) -> int:
-    """Where parts of products begin: two places for each program of each rank."""
+    """Where parts of products begin, two places for each program of each rank: of one row or two, then of more."""
     return shares_at(size) + 2 * turn(size) * 2
 
 
 def room(size: int) -> int:
-    return products_at(size) + 2 * size * PROGRAMS * PAIRS * 8
+    return products_at(size) + sum(2 * size * programs * pairs * 8 for programs, pairs in (STREAMS, TILES))
 
 
 def make_peers(addresses: list[int], rank: int, device: torch.device) -> Peers:
     bases = torch.tensor(addresses, dtype=torch.long, device=device)
-    times = torch.zeros(BLOCKS + ROWS + PROGRAMS, dtype=torch.long, device=device)
+    times = torch.zeros(BLOCKS + ROWS + STREAMS[0] + TILES[0], dtype=torch.long, device=device)
     return Peers(bases, times, rank, len(addresses), {})
 
 
@@ -121,10 +122,12 @@ def meeting(peers: Peers | None) -> dict[str, int]:
     return {"RANK": rank, "RANKS": size, "WAIT": WAIT}
 
 
-def products(peers: Peers) -> dict[str, int]:
+def products(peers: Peers, tiles: bool) -> dict[str, int]:
     """The same of products that sum as they go, and where their places and counts are."""
-    places = {"PROGRAMS": PROGRAMS, "PAIRS": PAIRS, "PARTS": products_at(peers.size), "TIMES": BLOCKS + ROWS}
-    return places | meeting(peers)
+    parts, times, (programs, pairs) = products_at(peers.size), BLOCKS + ROWS, STREAMS
+    if tiles:
+        parts, times, (programs, pairs) = parts + 2 * peers.size * programs * pairs * 8, times + programs, TILES
+    return {"PROGRAMS": programs, "PAIRS": pairs, "PARTS": parts, "TIMES": times} | meeting(peers)
 
 
 peers_of: dict[str, Peers] = {}  # by the name of their group, as a compiled graph has no other handle

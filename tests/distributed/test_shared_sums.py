@@ -17,7 +17,7 @@ from fms.modules.frozen import Fused
 from tests.distributed.ranks import Ranks
 
 SHAPES = ((1, 8), (3, 40), (1, 1, 1000), (2, 7, 96))  # the last two are larger, and of several rounds
-PRODUCTS = ((1, 1, 64, 40), (2, 1, 40, 96), (1, 2, 200, 72), (1, 2, 64, 40))  # rows of rows, in, out
+PRODUCTS = ((1, 1, 64, 40), (2, 1, 40, 96), (1, 2, 200, 72), (3, 2, 300, 40), (1, 20, 64, 72))  # rows of rows, in, out
 Found = list[tuple[Tensor, Tensor]]  # what this rank got, and what it should be
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")
@@ -72,7 +72,7 @@ def multiplied(mesh: Any, peers: sum_add.Peers) -> Found:
         found.append((sum_add.sum_add(residual, peers), peers.size * residual.float()))  # in between
     assert comm.counts["all_reduce by symm_mem"][0] == comm.counts["all_reduce"][0] == 2 * len(PRODUCTS)
     assert comm.through_backend == 0
-    for refused in (x[0].repeat(2, 1, 1), x[0].float()):  # too many rows, another type
+    for refused in (x[0].repeat(2, 2, 1), x[0].float()):  # too many rows, another type
         assert comm.linear_add(refused, linear, residual) is None
     return found
 

@@ -8,7 +8,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fms.kernels.gpu import attend, linear, ranks
+from fms.kernels.gpu import attend, linear, linear_sum, ranks
 
 HALF, FLOAT, INT = "*bf16", "*fp32", "*i32"
 LINEAR = {"x": HALF, "g": HALF, "b": HALF, "w": HALF, "bias": HALF, "residual": HALF, "y": HALF, "eps": "fp32"}
@@ -51,17 +51,10 @@ def main() -> None:
     heads |= {"NORM": True, "EARLY": True}
     sums = {"WIDTH": 4096, "BLOCK": 1024, "SLOT": 1 << 17, "PARTS": 4096, "RANK": 1, "RANKS": 4}
     sums |= {"WAIT": 9, "ADD": True, "BIAS": True, "EARLY": True}
-    product = {"N": 4096, "K": 5120, "KP": 4096, "KQ": 1024, "BN": 4, "GRID": 396, "STAGES": 3, "PAIRS": 64}
-    product |= {
-        "PROGRAMS": 1024,
-        "PARTS": 4096,
-        "TIMES": 384,
-        "RANK": 1,
-        "RANKS": 4,
-        "WAIT": 9,
-        "BIAS": True,
-        "EARLY": True,
-    }
+    more = {"PROGRAMS": 1024, "PAIRS": 64, "PARTS": 4096, "TIMES": 384, "RANK": 1, "RANKS": 4, "WAIT": 9}
+    summing = more | {"BIAS": True, "EARLY": True, "N": 4096, "K": 5120, "STAGES": 3}
+    product = summing | {"KP": 4096, "KQ": 1024, "BN": 4, "GRID": 396}
+    products = summing | {"M": 16, "BK": 64, "BN": 16}
     found = {
         "stream": read_early(linear.stream, LINEAR, **stream, GLU=False),
         "stream, gated": read_early(linear.stream, LINEAR, **stream, GLU=True),
@@ -69,7 +62,8 @@ def main() -> None:
         "walk": read_early(linear.walk, LINEAR, **walk, GLU=True),
         "tile": read_early(linear.tile, LINEAR, **tile, GLU=True),
         "sum": read_early(ranks.sum_add, SUM, **sums),
-        "product, sum": read_early(ranks.linear_sum, SUM | LINEAR, **product),
+        "product, sum": read_early(linear_sum.stream_sum, SUM | LINEAR, **product),
+        "products, sum": read_early(linear_sum.tile_sum, SUM | LINEAR, **products),
         "attend": read_early(attend.attend, ATTEND, **heads, G=1, GP=1, GB=1),
         "attend, groups": read_early(attend.attend, ATTEND, **heads, G=4, GP=16, GB=4),
     }

@@ -26,6 +26,7 @@ def test_what_is_read_before_the_wait() -> None:
         "tile": ["w"],
         "sum": ["bases"],
         "product, sum": ["bases", "w"],
+        "products, sum": ["w"],
         "attend": ["k", "positions", "v"],
         "attend, groups": ["k", "positions", "v"],
     }

@@ -230,11 +230,13 @@ def check_sums(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_on_a_gpu(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for some of the GPU's multiprocessors, so that there is room for all ranks'. Weights that are read in one part
-    and in two, one row and two, and other sums between."""
+    and in two, one row, two and more, and other sums between."""
     monkeypatch.setattr(sum_add, "WAIT", 1 << 22)
     monkeypatch.setattr(linear_sum, "machine", lambda device: Machine(16, torch.cuda.get_device_capability()[0] >= 9))
     memory, peers = together(size, "cuda")
-    for rows, n, k, times in ((2, 4096, 2048, 1000), (1, 1032, 1376, 300), (2, 2056, 5120, 300), (2, 200, 64, 300)):
+    few = ((2, 4096, 2048, 1000), (1, 1032, 1376, 100), (2, 2056, 5120, 100), (2, 200, 64, 100))
+    more = ((8, 520, 2048, 1000), (32, 264, 5120, 100), (5, 40, 64, 100))
+    for rows, n, k, times in few + more:
         xs = [torch.randn(rows, 1, k, device="cuda").to(dtype) for _ in range(size)]
         weights = [(torch.randn(n, k, device="cuda") / k**0.5).to(dtype) for _ in range(size)]
         residual, bias = torch.randn(rows, 1, n, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
@@ -279,5 +281,10 @@ def test_choices_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_memory_has_room_for_everything(size: int) -> None:
     assert FLAGS % 16 == parts_at(size) % 16 == 0
     assert flags(torch.zeros(room(size) // 8, dtype=torch.long), size).numel() == (BLOCKS + ROWS) * size
-    assert products_at(size) % 16 == 0
-    assert room(size) - products_at(size) == 2 * size * sum_add.PROGRAMS * sum_add.PAIRS * 8
+    for_one, for_all = (
+        sum_add.products(make_peers([0] * size, 0, torch.device("cpu")), tiles) for tiles in (False, True)
+    )
+    assert for_one["PARTS"] % 16 == for_all["PARTS"] % 16 == 0
+    for at, end in ((for_one, for_all["PARTS"]), (for_all, room(size))):
+        assert end - at["PARTS"] == 2 * size * at["PROGRAMS"] * at["PAIRS"] * 8
+    assert for_all["TIMES"] == for_one["TIMES"] + for_one["PROGRAMS"]

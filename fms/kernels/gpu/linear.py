@@ -189,13 +189,13 @@ def rows_of(x, m, k, rows, K: tl.constexpr):
     return tl.load(x + m[:, None] * K + k[None, :], mask=(m[:, None] < rows) & (k[None, :] < K), other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def tile(
-    x, w, bias, residual, y, rows, scale,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def tiles_of(
+    x, w, m, n, rows,
+    N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GLU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    k, n, m = tl.arange(0, BK), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, M)
+    """Rows m times the weight's rows n, and with GLU times those of its other half."""
+    k = tl.arange(0, BK)
     w0 = fetch(w, n, k, N, K)
     u0 = w0
     if GLU:
@@ -211,6 +211,17 @@ def tile(
         r = tl.dot(x1, fetch(w, n, at + k, N, K).T, r)
         if GLU:
             u = tl.dot(x1, fetch(w + N * K, n, at + k, N, K).T, u)
+    return r, u
+
+
+@triton.jit(do_not_specialize=["rows"])
+def tile(
+    x, w, bias, residual, y, rows, scale,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, M)
+    r, u = tiles_of(x, w, m, n, rows, N, K, BK, STAGES, GLU, EARLY)
     if BIAS:
         r += vector(bias, n, n < N)[None, :]
         if GLU:

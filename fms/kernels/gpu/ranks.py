@@ -5,8 +5,7 @@
 import triton
 import triton.language as tl
 
-from fms.kernels.gpu.linear import rows_times
-from fms.kernels.gpu.parts import early, fetch, vector
+from fms.kernels.gpu.parts import early, vector
 
 
 @triton.jit
@@ -51,6 +50,46 @@ def word(low, high, KIND: tl.constexpr):
     return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
 
 
+@triton.jit
+def stamped(words, time):
+    """Two elements each, and beside them the count, in eight bytes, which arrive together."""
+    return (words.to(tl.int64) & 0xFFFFFFFF) | (time << 32)
+
+
+@triton.jit
+def any_other(words, stamp):
+    """Whether any of the words has not the count of `stamp`."""
+    other = ((words ^ stamp) >> 32 != 0).to(tl.int32)
+    return tl.max(tl.reshape(other, (other.numel,), can_reorder=True), 0)
+
+
+@triton.jit
+def collected(
+    mine, theirs, step, inside, time,
+    KIND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr, SENT: tl.constexpr,
+):  # fmt: skip
+    """The sum, in the order of ranks, of what each has written for this `time` at `theirs`, rank after rank by `step`,
+    all of it in this rank's memory; of words that are `mine` for this rank itself, if it has not SENT them there too.
+    NaN where one has not come after WAIT looks."""
+    low, high = tl.zeros(mine.shape, tl.float32), tl.zeros(mine.shape, tl.float32)
+    stamp, looks = time << 32, tl.full((), 0, tl.int32)
+    for r in tl.static_range(RANKS):
+        if r == RANK and not SENT:
+            a, b = pair(mine, KIND)
+        else:
+            got = tl.load(theirs + r * step, mask=inside, other=stamp, volatile=True)
+            missing = any_other(got, stamp)
+            while (missing != 0) & (looks < WAIT):
+                got = tl.load(theirs + r * step, mask=inside, other=stamp, volatile=True)
+                missing = any_other(got, stamp)
+                looks += 1
+            a, b = pair(got.to(tl.int32), KIND)
+            a, b = tl.where(missing == 0, a, float("nan")), tl.where(missing == 0, b, float("nan"))
+        low += a
+        high += b
+    return low, high
+
+
 @triton.jit(do_not_specialize=["eighths"])
 def sum_add(
     y, residual, bias, out, bases, times, eighths, scale,
@@ -75,35 +114,18 @@ def sum_add(
     early(EARLY)
     time = tl.load(times + block) + 1
     slot = (time % 3).to(tl.int32) * RANKS
-    stamp = time << 32
     mine = tl.load(y.to(PAIR) + at, mask=inside, other=0)
     before, more = tl.zeros((BLOCK // 2,), tl.int32), tl.zeros((BLOCK // 2,), tl.int32)
     if ADD:  # here, as nothing is fetched while the others are waited for
         before = tl.load(residual.to(PAIR) + at, mask=inside, other=0)
     if BIAS:
         more = tl.load(bias.to(PAIR) + at % (WIDTH // 2), mask=inside, other=0)
-    stamped = (mine.to(tl.int64) & 0xFFFFFFFF) | stamp
+    part = stamped(mine, time)
     for r in tl.static_range(RANKS):
         if r != RANK:
             theirs = there if r == NEXT else of_rank(bases, r, PARTS, tl.int64)
-            tl.store(theirs + (slot + RANK) * (SLOT // 2) + at, stamped, mask=inside, cache_modifier=".wt")
-    low, high = tl.zeros((BLOCK // 2,), tl.float32), tl.zeros((BLOCK // 2,), tl.float32)
-    looks = tl.full((), 0, tl.int32)
-    for r in tl.static_range(RANKS):
-        if r == RANK:
-            a, b = pair(mine, KIND)
-        else:
-            theirs = here + (slot + r) * (SLOT // 2) + at
-            got = tl.load(theirs, mask=inside, other=stamp, volatile=True)
-            missing = tl.max(((got ^ stamp) >> 32 != 0).to(tl.int32), 0)
-            while (missing != 0) & (looks < WAIT):
-                got = tl.load(theirs, mask=inside, other=stamp, volatile=True)
-                missing = tl.max(((got ^ stamp) >> 32 != 0).to(tl.int32), 0)
-                looks += 1
-            a, b = pair(got.to(tl.int32), KIND)
-            a, b = tl.where(missing == 0, a, float("nan")), tl.where(missing == 0, b, float("nan"))
-        low += a
-        high += b
+            tl.store(theirs + (slot + RANK) * (SLOT // 2) + at, part, mask=inside, cache_modifier=".wt")
+    low, high = collected(mine, here + slot * (SLOT // 2) + at, SLOT // 2, inside, time, KIND, RANK, RANKS, WAIT, False)
     if BIAS:
         a, b = pair(more, KIND)
         low += a
@@ -113,83 +135,6 @@ def sum_add(
         low, high = a + scale * low, b + scale * high
     tl.store(out.to(PAIR) + at, word(low, high, KIND), mask=inside)
     tl.store(times + block, time)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def linear_sum(
-    x, w, bias, residual, y, bases, times, rows, scale,
-    N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, KQ: tl.constexpr, BN: tl.constexpr, GRID: tl.constexpr,
-    STAGES: tl.constexpr, PAIRS: tl.constexpr, PROGRAMS: tl.constexpr, PARTS: tl.constexpr, TIMES: tl.constexpr,
-    RANK: tl.constexpr, RANKS: tl.constexpr, WAIT: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """`residual + scale * (the ranks' sum of x @ w.T + bias)` of one or two rows, added in the order of ranks:
-    `stream`, whose programs write what they compute to the same programs of the other ranks, as `sum_add` does, and at
-    their end add what those have written.
-
-    A program's places in the memory are its own, two that it takes in turn: who has the others' parts of one sum knows
-    that they have read those of the one before.
-    """
-    TWO: tl.constexpr = KQ > 1
-    HALF: tl.constexpr = BN // 2
-    KIND: tl.constexpr = y.dtype.element_ty
-    PAIR: tl.constexpr = tl.pointer_type(tl.int32)
-    program, last = tl.program_id(0), rows - 1
-    k1, k2, first = tl.arange(0, KP), KP + tl.arange(0, KQ), program * BN
-    a1, a2 = tl.zeros((KP,), tl.float32), tl.zeros((KQ,), tl.float32)
-    b1, b2 = a1, a2
-    time = tl.full((), 0, tl.int64)
-    for at in tl.range(first, N, GRID * BN, num_stages=STAGES):
-        n = at + tl.arange(0, BN)
-        w1 = fetch(w, n, k1, N, K)
-        w2 = w1
-        if TWO:
-            w2 = fetch(w, n, k2, N, K)
-        if at == first:
-            early(EARLY)
-            a1, a2 = vector(x, k1, k1 < K), vector(x, k2, k2 < K)
-            b1, b2 = vector(x + last * K, k1, k1 < K), vector(x + last * K, k2, k2 < K)
-            time = tl.load(times + TIMES + program) + 1
-        ra, rb = rows_times(w1, w2, a1, a2, b1, b2, 1.0, 1.0, TWO)
-        low_a, high_a = tl.split(tl.reshape(ra, (HALF, 2)))
-        low_b, high_b = tl.split(tl.reshape(rb, (HALF, 2)))
-        part_a = (word(low_a, high_a, KIND).to(tl.int64) & 0xFFFFFFFF) | (time << 32)
-        part_b = (word(low_b, high_b, KIND).to(tl.int64) & 0xFFFFFFFF) | (time << 32)
-        place = ((time % 2).to(tl.int32) * RANKS + RANK) * PROGRAMS + program
-        place = place * PAIRS + (at - first) // GRID + tl.arange(0, HALF)
-        for r in tl.static_range(RANKS):
-            theirs = of_rank(bases, r, PARTS, tl.int64) + place
-            tl.store(theirs, part_a, cache_modifier=".wt")
-            tl.store(theirs + HALF, part_b, cache_modifier=".wt")
-    at = tl.arange(0, PAIRS)  # for each pass of the loop so many of the first row, then of the second
-    row, n = at % BN // HALF, first + at // BN * (GRID * BN) + at % HALF * 2
-    inside = n < N
-    pairs = (row * last * N + n) // 2
-    before, more = tl.load(residual.to(PAIR) + pairs, mask=inside, other=0), tl.zeros((PAIRS,), tl.int32)
-    if BIAS:
-        more = tl.load(bias.to(PAIR) + n // 2, mask=inside, other=0)
-    stamp = time << 32
-    low, high = tl.zeros((PAIRS,), tl.float32), tl.zeros((PAIRS,), tl.float32)
-    looks = tl.full((), 0, tl.int32)
-    for r in tl.static_range(RANKS):
-        place = (((time % 2).to(tl.int32) * RANKS + r) * PROGRAMS + program) * PAIRS + at
-        theirs = of_rank(bases, RANK, PARTS, tl.int64) + place
-        got = tl.load(theirs, mask=inside, other=stamp, volatile=True)
-        missing = tl.max(((got ^ stamp) >> 32 != 0).to(tl.int32), 0)
-        while (missing != 0) & (looks < WAIT):
-            got = tl.load(theirs, mask=inside, other=stamp, volatile=True)
-            missing = tl.max(((got ^ stamp) >> 32 != 0).to(tl.int32), 0)
-            looks += 1
-        a, b = pair(got.to(tl.int32), KIND)
-        low += tl.where(missing == 0, a, float("nan"))
-        high += tl.where(missing == 0, b, float("nan"))
-    if BIAS:
-        a, b = pair(more, KIND)
-        low += a
-        high += b
-    a, b = pair(before, KIND)
-    low, high = a + scale * low, b + scale * high
-    tl.store(y.to(PAIR) + pairs, word(low, high, KIND), mask=inside & (row <= last))
-    tl.store(times + TIMES + program, time)
 
 
 @triton.jit(do_not_specialize=["eighths"])
