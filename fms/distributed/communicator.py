@@ -35,8 +35,8 @@ class Communicator:
     """A group of ranks that hold one model. `counts` has of each collective how often it ran, and the bytes that went
     in. One rank alone communicates nothing.
 
-    Sums of bf16 and fp32 between the GPUs of one machine go through symmetric memory, where that can be had and they
-    are not too large, all else through the group's own backend. $FMS_COMMUNICATOR overrules it; the log tells.
+    Sums of bf16 and fp32 between GPUs of one kind in one machine go through symmetric memory, where that can be had
+    and they are not too large, all else through the group's own backend. $FMS_COMMUNICATOR overrules it; the log tells.
 
     With `sequence_parallel` the ranks share out the tokens between sub-layers (Korthikanti et al. 2022, arXiv
     2205.05198): `enter` gathers them, `leave` sums and scatters them again. The b * s tokens of all rows make

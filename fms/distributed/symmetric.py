@@ -92,13 +92,16 @@ class SymmetricMemory:
                     x = (place + rank % 2).bfloat16()
                     if not (self.sum(x, torch.ones_like(x), 2.0) == 1 + 2 * (size * place + size // 2)).all():
                         return f"symmetric memory: a wrong sum of {n} numbers by our kernel"
-            place = torch.arange(4104, device=self.peers.bases.device) % 3
-            weight = place.bfloat16()[:, None].repeat(1, 64)
-            for turn in range(4):  # each of two places twice
-                x = torch.full((2, 64), 1.0 + rank % 2, dtype=weight.dtype, device=weight.device)
-                y = self.linear_sum(x, weight, None, 64 * (weight.T[:2] + turn), 2.0)
-                if y is not None and not (y == 64 * (place + turn + 2 * place * (size + size // 2))).all():
-                    return "symmetric memory: a wrong sum of products by our kernel"
+            place = torch.arange(4104, device=self.peers.bases.device)
+            weight = (place % 7).bfloat16()[:, None].repeat(1, 64)
+            for rows in (2, 5):
+                row = torch.arange(rows, device=place.device)[:, None]
+                for turn in range(4):  # each of two places twice
+                    x = ((row + turn) % 3 + rank % 2).bfloat16().repeat(1, 64)
+                    y = self.linear_sum(x, weight, None, 32.0 * ((place + row) % 5).bfloat16(), 0.5)
+                    want = (place + row) % 5 + place % 7 * (size * ((row + turn) % 3) + size // 2)
+                    if y is not None and not (y == 32 * want).all():
+                        return f"symmetric memory: a wrong sum of products of {rows} rows by our kernel"
         return wrong[0] if wrong else ""
 
     def __str__(self) -> str:

@@ -18,14 +18,15 @@ def linear_sum(
     """`residual + scale * (the ranks' sum of x @ weight.T + bias)`, the same bits on all ranks: x (..., in), residual
     (..., out), of one dtype. `None` on all of them where no kernel does this at once. NaN where another rank has not
     come for minutes."""
-    if x.numel() > ROWS * x.shape[-1]:
+    if x.numel() > ROWS * x.shape[-1] or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         return None
-    biased = bias is None or bias.dtype
-    kind = x.shape, x.dtype, x.device, weight.shape, weight.dtype, weight.device, biased, residual.dtype
+    # all that decides: other layers of these shapes come here, too
+    w = weight.shape, weight.dtype, weight.device, type(weight), weight.is_contiguous()
+    kind = x.shape, x.dtype, x.device, w, bias is None or bias.dtype, residual.dtype
     run = peers.ready.get(kind)
     if run is None:
         run = peers.ready[kind] = _prepare(x, weight, bias, residual, peers) or _none
-    if run is _none or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+    if run is _none:
         return None
     x, residual = x.contiguous(), in_pairs(residual)
     y = torch.empty_like(residual)
@@ -82,7 +83,7 @@ def _linear_sum(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
 
 
 def _like(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, group: str, scale: float) -> Tensor:
-    return torch.empty_like(residual)
+    return residual.new_empty(residual.shape)
 
 
 linear_sum_of = define("linear_sum", _linear_sum, _like)

@@ -47,6 +47,8 @@ def norm_kind(norm: nn.Module | None) -> int | None:
     """0: none, 1: RMSNorm, 2: LayerNorm, as the kernels number them; `None`: another, which they don't know."""
     if norm is None:
         return 0
+    if len(getattr(norm, "normalized_shape", ())) != 1:
+        return None
     if isinstance(norm, nn.RMSNorm) and norm.weight is not None:
         return 1
     return 2 if isinstance(norm, nn.LayerNorm) and norm.bias is not None else None
@@ -58,7 +60,9 @@ def parts_of(norm: Any, kind: int) -> tuple[Tensor, Tensor | None, float]:
 
 
 def epsilon(norm: Any) -> float:
-    return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+    """A norm's own, or what PyTorch takes where it has none: that of what it computes in."""
+    kind = norm.weight.dtype
+    return torch.finfo(torch.float32 if kind in HALF else kind).eps if norm.eps is None else norm.eps
 
 
 def activation_kind(function: Any) -> int | None:
@@ -78,9 +82,9 @@ def apply(
     scale: float = 1.0,
 ) -> Tensor | None:
     """What `few_rows` gives, launched at once or, for a compiler, as one operation; `None` if this is not served."""
-    if x.numel() > ROWS * x.shape[-1]:
-        return None
     compiling = torch.compiler.is_compiling()
+    if not compiling and x.numel() > ROWS * x.shape[-1]:
+        return None
     ready = None if compiling else getattr(linear, "ready", None)
     if ready is not None:
         # all that may change: a layer or a norm may be given other parameters, and those other types, at any time

@@ -137,4 +137,4 @@ def _sum_add(y: Tensor, group: str, residual: Tensor | None, scale: float, bias:
     return sum_add(y, peers_of[group], residual, scale, bias)
 
 
-sum_add_of = define("sum_add", _sum_add, lambda y, group, residual, scale, bias: torch.empty_like(y))
+sum_add_of = define("sum_add", _sum_add, lambda y, group, residual, scale, bias: y.new_empty(y.shape))

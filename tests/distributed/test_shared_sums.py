@@ -30,7 +30,7 @@ def sharing(mesh: Any, folder: str, name: str) -> Found:
     sum_add.BLOCK, sum_add.BLOCKS, sum_add.SLOT, sum_add.SHARED, sum_add.TURN = 32, 4, 128, 16, 300
     cpu, serves = torch.device("cpu"), linear_sum.serves
     machine, launching._machines[cpu] = launching._machines.get(cpu), launching.Machine(4, False)
-    linear_sum.serves = lambda x, w: x.dtype == torch.float16
+    linear_sum.serves = lambda x, w: x.dtype == torch.float16 and w.is_contiguous()
     try:
         room = sum_add.room(mesh.size())
         memory = [
@@ -72,8 +72,10 @@ def multiplied(mesh: Any, peers: sum_add.Peers) -> Found:
         found.append((sum_add.sum_add(residual, peers), peers.size * residual.float()))  # in between
     assert comm.counts["all_reduce by symm_mem"][0] == comm.counts["all_reduce"][0] == 2 * len(PRODUCTS)
     assert comm.through_backend == 0
-    for refused in (x[0].repeat(2, 2, 1), x[0].float()):  # too many rows, another type
+    for refused in (x[0].repeat(2, 2, 1), x[0].float(), x[0].clone().requires_grad_()):  # many rows, another type
         assert comm.linear_add(refused, linear, residual) is None
+    linear.weight = weight[0].T.contiguous().T
+    assert comm.linear_add(x[0], linear, residual) is None
     return found
 
 

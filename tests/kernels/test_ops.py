@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fms.kernels import linear_sum
 from fms.kernels.experts import few_through_experts
 from fms.kernels.linear_sum import linear_sum_of
 from fms.kernels.ops import define
@@ -20,15 +21,21 @@ def test_few_rows(gated: bool) -> None:
     torch.library.opcheck(few_rows, (x, weight, bias, 1, norm, None, 1e-6, 1, gated, residual, 0.5), test_utils=CHECKS)
 
 
-def test_linear_sum(interpreted: torch.device) -> None:
-    """Of one rank alone, by its operations one after the other."""
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+@pytest.mark.parametrize("at_once", [False, True])
+def test_linear_sum(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+    """Of one rank alone, by the kernel and by its operations one after the other."""
     memory = torch.zeros(room(1) // 8, dtype=torch.long)
-    peers_of["alone"] = make_peers([memory.data_ptr()], 0, interpreted)
-    x, weight, bias = torch.randn(2, 1, 16).half(), torch.randn(24, 16).half(), torch.randn(24).half()
-    given = (x, weight, bias, torch.randn(2, 1, 24).half(), "alone", 0.5)
+    monkeypatch.setitem(peers_of, "alone", make_peers([memory.data_ptr()], 0, interpreted))
+    monkeypatch.setattr(linear_sum, "serves", lambda x, weight: at_once)
+    x, weight, bias = torch.randn(2, 3, 16).half(), torch.randn(72, 16).half(), torch.randn(72).half()
+    residual = torch.randn(3, 2, 72).half().transpose(0, 1)
+    given = x, weight, bias, residual, "alone", 0.5
     torch.library.opcheck(linear_sum_of, given, test_utils=CHECKS)
-    want = given[3].float() + 0.5 * (x.float() @ weight.float().T + bias.float())
+    want = residual.float() + 0.5 * (x.float() @ weight.float().T + bias.float())
     torch.testing.assert_close(linear_sum_of(*given).float(), want, rtol=2e-3, atol=5e-3)
+    kept = list(peers_of["alone"].ready.values())
+    assert (linear_sum._none in kept) != at_once
 
 
 def test_experts() -> None:

@@ -95,6 +95,18 @@ def test_a_gradient_of_the_norm_alone(interpreted: torch.device, monkeypatch: py
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")
+@pytest.mark.parametrize("passes", [True, False])
+@torch.no_grad()
+def test_norms_are_pytorchs(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch, passes: bool) -> None:
+    """Of numbers so small that it shows which epsilon is added."""
+    monkeypatch.setattr(skinny, "passes", lambda x: passes)
+    x = (torch.randn(3, 4, 8) / 1000).half()
+    kinds = nn.RMSNorm(8), nn.RMSNorm((4, 8)), nn.LayerNorm(8), nn.LayerNorm((4, 8)), nn.LayerNorm(8, bias=False)
+    for norm in kinds:
+        torch.testing.assert_close(normalise(x, norm.half()), norm(x), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
 @torch.no_grad()
 def test_a_residual_of_ones_own(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is added to in place, not under autocast with a weight of another type, nor where it is not one's own."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fms.kernels import launching, skinny
 from fms.kernels.launching import Machine, machine
+from fms.kernels.norm_linear import norm_linear
 from fms.kernels.skinny import (
     FUNCTIONS,
     Choice,
@@ -245,3 +246,19 @@ def test_a_compiler_knows_a_machine_that_was_looked_at(monkeypatch: pytest.Monke
     assert run(torch.zeros(1)) == 0
     launching._machines[device] = Machine(132, True)
     assert run(torch.zeros(1)) == 1
+
+
+def test_a_compiler_is_not_asked_how_many_rows() -> None:
+    """Where no kernel would take them: one graph serves few and many."""
+    graphs = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    linear, norm = Fused(torch.randn(24, 16), None), nn.RMSNorm(16)
+    run = torch.compile(lambda x: norm_linear(x, norm, linear), backend=backend, dynamic=True)
+    with torch.no_grad():
+        for rows in (5, 7, 40, 100, 3):
+            run(torch.randn(rows, 16))
+    assert len(graphs) == 1

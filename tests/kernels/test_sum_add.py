@@ -105,10 +105,8 @@ def test_what_all_ranks_try_first(size: int) -> None:
         return (residual.float() + scale * (x.float() * size + size // 2)).to(x.dtype)  # every other rank has 1 more
 
     def right_too(x: Tensor, weight: Tensor, bias: None, residual: Tensor, scale: float) -> Tensor:
-        y = x.float() @ weight.float().T
-        return (residual.float() + scale * (y * size + y * (size // 2))).to(
-            x.dtype
-        )  # every other rank has twice as much
+        one, more = x.float() @ weight.float().T, weight.float().sum(1)  # every other rank's x has 1 more
+        return (residual.float() + scale * (one * size + more * (size // 2))).to(x.dtype)
 
     sums.sum, sums.linear_sum = right, right_too  # type: ignore[assignment, method-assign]
     assert sums.check(0, size) == ""
@@ -237,22 +235,26 @@ def test_products_on_a_gpu(size: int, dtype: torch.dtype, monkeypatch: pytest.Mo
     few = ((2, 4096, 2048, 1000), (1, 1032, 1376, 100), (2, 2056, 5120, 100), (2, 200, 64, 100))
     more = ((8, 520, 2048, 1000), (32, 264, 5120, 100), (5, 40, 64, 100))
     for rows, n, k, times in few + more:
-        xs = [torch.randn(rows, 1, k, device="cuda").to(dtype) for _ in range(size)]
+        xs = [torch.randn(3, rows, 1, k, device="cuda").to(dtype) for _ in range(size)]
         weights = [(torch.randn(n, k, device="cuda") / k**0.5).to(dtype) for _ in range(size)]
         residual, bias = torch.randn(rows, 1, n, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
-        want = residual.float() + 0.5 * bias.float()
-        for x, weight in zip(xs, weights, strict=True):
-            want += 0.5 * (x.float() @ weight.float().T)
+        products = sum(x.float() @ weight.float().T for x, weight in zip(xs, weights, strict=True))
+        wants = residual.float() + 0.5 * (products + bias.float())
+        calls = [0] * size  # x differs from time to time, and from the one that was in the same place before
 
-        def work(rank: int, xs=xs, weights=weights, residual=residual, bias=bias) -> Tensor:
-            first = linear_sum.linear_sum(xs[rank], weights[rank], bias, residual, peers[rank], 0.5)
+        def work(rank: int, xs=xs, weights=weights, residual=residual, bias=bias, calls=calls) -> Tensor:
+            x = xs[rank][calls[rank] % 3]
+            calls[rank] += 1
+            first = linear_sum.linear_sum(x, weights[rank], bias, residual, peers[rank], 0.5)
             assert first is not None
             return torch.stack((first, sum_add.sum_add(residual, peers[rank])))
 
         each = [torch.stack(one) for one in in_turn(memory, peers, work, times)]
-        torch.testing.assert_close(each[0][0, 0].float(), want, rtol=2e-2, atol=2e-2)
-        torch.testing.assert_close(each[0][0, 1].float(), size * residual.float(), rtol=1e-2, atol=1e-2)
-        assert all(torch.equal(one, each[0][:1].expand_as(one)) for one in each)
+        for turn in range(3):
+            found, want = [one[turn::3] for one in each], wants[(times + turn) % 3]
+            torch.testing.assert_close(found[0][0, 0].float(), want, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(found[0][0, 1].float(), size * residual.float(), rtol=1e-2, atol=1e-2)
+            assert all(torch.equal(one, found[0][:1].expand_as(one)) for one in found)
 
 
 @pytest.mark.gpu
