@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fms.kernels.launching import machine
 from fms.kernels.norm_linear import learns, normalise
-from fms.kernels.skinny import ROWS, norm_kind, normalise_rows, parts_of, passes
+from fms.kernels.skinny import ROWS, norm_kind, parts_of, passes, prepare_norm
 
 
 def serves_add_norm(x: Tensor, norm: nn.Module) -> bool:
@@ -22,4 +22,5 @@ def add_norm(y: Tensor, residual: Tensor, norm: nn.Module, scale: float = 1.0) -
         return total, normalise(total, norm)
     y, residual = y.contiguous(), residual.contiguous()
     total = torch.empty_like(y)
-    return total, normalise_rows(y, kind, *parts_of(norm, kind), known, residual, scale, total)
+    k = y.shape[-1]
+    return total, prepare_norm(y.numel() // k, k, kind, *parts_of(norm, kind), known, True)(y, residual, scale, total)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fms.kernels.launching import HALF, Machine, Sizes, machine, power, repeated, start
+from fms.kernels.launching import HALF, Machine, Sizes, machine, power, repeated
 from fms.kernels.ops import define
 from fms.kernels.weights import Weights
 
@@ -65,6 +65,13 @@ def epsilon(norm: Any) -> float:
     return torch.finfo(torch.float32 if kind in HALF else kind).eps if norm.eps is None else norm.eps
 
 
+def norm_now(norm: Any) -> tuple[Any, ...] | None:
+    """What a launch that is kept depends on: its parameters must be held, so that no others come to have their ids."""
+    if norm is None or (weight := norm._parameters.get("weight")) is None:
+        return None
+    return id(weight), weight.dtype, weight.device, norm.eps, id(norm._parameters.get("bias"))
+
+
 def activation_kind(function: Any) -> int | None:
     """A place in `FUNCTIONS`; `None`: another, which the kernels don't know."""
     if isinstance(function, partial):
@@ -88,10 +95,8 @@ def apply(
     ready = None if compiling else getattr(linear, "ready", None)
     if ready is not None:
         # all that may change: a layer or a norm may be given other parameters, and those other types, at any time
-        w, of, added = linear.weight, None, residual is None or residual.dtype
-        if norm is not None and (g := norm._parameters.get("weight")) is not None:
-            of = id(g), g.dtype, g.device, norm.eps, id(norm._parameters.get("bias"))
-        key = x.shape, x.dtype, x.device, w.dtype, w.device, activation, gated, scale, added, of
+        w, added = linear.weight, residual is None or residual.dtype
+        key = x.shape, x.dtype, x.device, w.dtype, w.device, activation, gated, scale, added, norm_now(norm)
         found = ready.get(key)
         if found is not None and not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
             return found[0](x, residual)
@@ -103,7 +108,7 @@ def apply(
         return few_rows(*given)
     again = prepare(*given)
     if ready is not None:
-        ready[key] = again, norm and dict(norm._parameters)  # held, so that no others come to have their ids
+        ready[key] = again, norm and dict(norm._parameters)
     return again(x, residual)
 
 
@@ -191,8 +196,8 @@ def prepare(
     if made is None:
         assert norm_weight is not None
         plain = prepare(x, weight, bias, 0, None, None, 0.0, activation, gated, residual, scale)
-        first = norm_weight, norm_bias, eps, m
-        return lambda x, residual: plain(normalise_rows(x.contiguous(), norm, *first), residual)
+        first = prepare_norm(rows, k, norm, norm_weight, norm_bias, eps, m)
+        return lambda x, residual: plain(first(x), residual)
     form, chosen, warps = made
     adds, tile = residual is not None, form == "tile"
     norms = () if tile else tuple(weight if t is None else t for t in (norm_weight, norm_bias))
@@ -221,31 +226,26 @@ def prepare(
     return again
 
 
-def normalise_rows(
-    x: Tensor,
-    norm: int,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    m: Machine,
-    residual: Tensor | None = None,
-    scale: float = 1.0,
-    total: Tensor | None = None,
-) -> Tensor:
-    """`normalise`, by a kernel that is launched early and lets the next one be; of `residual + scale * x`, which is
-    written to `total`, where they are given."""
+def prepare_norm(
+    rows: int, k: int, norm: int, weight: Tensor, bias: Tensor | None, eps: float, m: Machine, adds: bool = False
+) -> Callable[..., Tensor]:
+    """What normalises (rows, k), by a kernel that is launched early and lets the next one be: x, or if it `adds`, of x,
+    residual, scale and total, `residual + scale * x`, which it writes to `total`."""
     from fms.kernels.gpu import rows as kernels
-
-    k, adds = x.shape[-1], residual is not None
-    y = torch.empty_like(x)
 
     def sizes() -> Sizes:
         named = {"K": k, "KP": power(k), "LAYER": norm == 2, "ADD": adds, "EARLY": m.early}
-        return (x.numel() // k,), named | {"num_warps": 8 if k > 2048 else 4}
+        return (rows,), named | {"num_warps": 8 if k > 2048 else 4}
 
-    tensors = x, weight, weight if bias is None else bias, y, *(x if t is None else t for t in (residual, total))
-    start(kernels.norm, tensors, (float(eps), float(scale)), sizes, (x.numel() // k, k, norm, adds))
-    return y
+    run, fixed = repeated(kernels.norm, sizes, (rows, k, norm, adds)), (weight, weight if bias is None else bias)
+
+    def again(x: Tensor, residual: Tensor | None = None, scale: float = 1.0, total: Tensor | None = None) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        run((x, *fixed, y, *(x if t is None else t for t in (residual, total))), (float(eps), float(scale)))
+        return y
+
+    return again
 
 
 def normalise(x: Tensor, norm: int, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ from fms.kernels import skinny
 from fms.kernels.add_norm import add_norm
 from fms.kernels.attend import _rotate, attend_packed, rotate
 from fms.kernels.linear_add import linear_add
-from fms.kernels.norm_linear import normalise
+from fms.kernels.norm_linear import KEPT, normalise
 from fms.modules.frozen import Fused
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
@@ -104,6 +104,35 @@ def test_norms_are_pytorchs(interpreted: torch.device, monkeypatch: pytest.Monke
     kinds = nn.RMSNorm(8), nn.RMSNorm((4, 8)), nn.LayerNorm(8), nn.LayerNorm((4, 8)), nn.LayerNorm(8, bias=False)
     for norm in kinds:
         torch.testing.assert_close(normalise(x, norm.half()), norm(x), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+def test_a_norm_that_is_kept(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launch is another with other parameters or another epsilon, and none where it learns; of many lengths some
+    are kept."""
+    monkeypatch.setattr(skinny, "passes", lambda x: x.dtype == torch.float16 and not x.requires_grad)
+    norm, ready = nn.RMSNorm(8, eps=1e-6).half(), {}
+
+    def check(x: Tensor) -> None:
+        torch.testing.assert_close(normalise(x, norm, ready), norm(x), rtol=2e-3, atol=2e-3)
+
+    with torch.no_grad():
+        for _ in range(2):
+            check(torch.randn(3, 8).half())
+            assert len(ready) == 1
+        norm.weight.mul_(2)
+        check(torch.randn(3, 8).half())
+        assert len(ready) == 1
+        norm.weight = nn.Parameter(torch.randn(8).half())
+        check(torch.randn(3, 8).half())
+        norm.eps = 1.0
+        check(torch.randn(3, 8).half())
+        assert len(ready) == 3
+        for rows in range(1, 90):
+            check(torch.randn(rows, 8).half())
+        assert len(ready) <= KEPT + 1
+    normalise(torch.randn(89, 8).half(), norm, ready).sum().backward()
+    assert norm.weight.grad.any()
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")
