@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from fms.distributed.communicator import Communicator
 from fms.distributed.symmetric import SymmetricMemory
 from fms.kernels import launching, linear_sum, sum_add
-from fms.modules.frozen import Fused
+from fms.modules.frozen import Frozen, Fused
 from tests.distributed.ranks import Ranks
 
 SHAPES = ((1, 8), (3, 40), (1, 1, 1000), (2, 7, 96))  # the last two are larger, and of several rounds
@@ -59,6 +60,8 @@ def multiplied(mesh: Any, peers: sum_add.Peers) -> Found:
     comm = Communicator(mesh.get_group())
     comm.symmetric = SymmetricMemory.__new__(SymmetricMemory)
     comm.symmetric.peers = peers
+    comm.leave_add = None  # type: ignore[assignment, method-assign]  # nothing is left to be summed
+    block: Any = SimpleNamespace(comm=comm)
     found: Found = []
     for turn, (b, s, k, n) in enumerate(PRODUCTS * 2):
         torch.manual_seed(turn)
@@ -66,16 +69,18 @@ def multiplied(mesh: Any, peers: sum_add.Peers) -> Found:
         residual, bias = torch.randn(b, s, n).half(), torch.randn(n).half()
         linear = Fused(weight[peers.rank].clone(), bias if turn % 2 else None)
         total = sum(F.linear(x[r].float(), weight[r].float()) for r in range(peers.size))
-        got = comm.linear_add(x[peers.rank].clone(), linear, residual, 0.5)
-        assert got is not None
+        got = Frozen.end(block, x[peers.rank].clone(), linear, residual, 0.5)
         found.append((got, residual.float() + 0.5 * (total + bias.float() if turn % 2 else total)))
         found.append((sum_add.sum_add(residual, peers), peers.size * residual.float()))  # in between
     assert comm.counts["all_reduce by symm_mem"][0] == comm.counts["all_reduce"][0] == 2 * len(PRODUCTS)
     assert comm.through_backend == 0
-    for refused in (x[0].repeat(2, 2, 1), x[0].float(), x[0].clone().requires_grad_()):  # many rows, another type
-        assert comm.linear_add(refused, linear, residual) is None
+    mine = x[peers.rank]
+    many, learning, other = mine.repeat(2, 2, 1), mine.clone().requires_grad_(), mine.float()
+    for refused, before in ((many, residual), (learning, residual), (other, residual), (mine, residual.float())):
+        assert comm.linear_add(refused, linear, before) is None
+    assert comm.linear_add(mine, Fused(linear.weight, bias.float()), residual) is None
     linear.weight = weight[0].T.contiguous().T
-    assert comm.linear_add(x[0], linear, residual) is None
+    assert comm.linear_add(mine, linear, residual) is None
     return found
 
 

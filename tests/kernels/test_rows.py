@@ -94,7 +94,7 @@ def test_a_gradient_of_the_norm_alone(interpreted: torch.device, monkeypatch: py
     assert norm.weight.grad.any()
 
 
-@pytest.mark.filterwarnings("ignore:Conversion of an array")
+@pytest.mark.filterwarnings("ignore:Conversion of an array", "ignore:Mismatch dtype")
 @pytest.mark.parametrize("passes", [True, False])
 @torch.no_grad()
 def test_norms_are_pytorchs(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch, passes: bool) -> None:
@@ -104,6 +104,8 @@ def test_norms_are_pytorchs(interpreted: torch.device, monkeypatch: pytest.Monke
     kinds = nn.RMSNorm(8), nn.RMSNorm((4, 8)), nn.LayerNorm(8), nn.LayerNorm((4, 8)), nn.LayerNorm(8, bias=False)
     for norm in kinds:
         torch.testing.assert_close(normalise(x, norm.half()), norm(x), rtol=2e-3, atol=2e-3)
+    of_another_type = nn.RMSNorm(8)
+    torch.testing.assert_close(normalise(x, of_another_type), of_another_type(x), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")
