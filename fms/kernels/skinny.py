@@ -69,7 +69,7 @@ def norm_now(norm: Any) -> tuple[Any, ...] | None:
     """What a launch that is kept depends on: its parameters must be held, so that no others come to have their ids."""
     if norm is None or (weight := norm._parameters.get("weight")) is None:
         return None
-    return id(weight), weight.dtype, weight.device, norm.eps, id(norm._parameters.get("bias"))
+    return id(weight), weight.dtype, weight.device, getattr(norm, "eps", None), id(norm._parameters.get("bias"))
 
 
 def activation_kind(function: Any) -> int | None:

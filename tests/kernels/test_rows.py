@@ -133,6 +133,8 @@ def test_a_norm_that_is_kept(interpreted: torch.device, monkeypatch: pytest.Monk
         for rows in range(1, 90):
             check(torch.randn(rows, 8).half())
         assert len(ready) <= KEPT + 1
+        other = nn.Linear(8, 8).half()  # of a kind that no kernel knows
+        assert torch.equal(normalise(x := torch.randn(3, 8).half(), other, {}), other(x))
     normalise(torch.randn(89, 8).half(), norm, ready).sum().backward()
     assert norm.weight.grad.any()
 
