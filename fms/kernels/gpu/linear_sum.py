@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fms.kernels.gpu.linear import rows_times, tiles_of
 from fms.kernels.gpu.parts import early, fetch, vector
-from fms.kernels.gpu.ranks import collected, of_rank, pair, stamped, word
+from fms.kernels.gpu.ranks import added, collected, of_rank, stamped, word
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -63,13 +63,8 @@ def stream_sum(
         more = tl.load(bias.to(PAIR) + n // 2, mask=inside, other=0)
     theirs = of_rank(bases, RANK, PARTS, tl.int64) + ((time % 2).to(tl.int32) * RANKS * PROGRAMS + program) * PAIRS + at
     low, high = collected(before, theirs, PROGRAMS * PAIRS, inside, time, KIND, RANK, RANKS, WAIT, True)
-    if BIAS:
-        a, b = pair(more, KIND)
-        low += a
-        high += b
-    a, b = pair(before, KIND)
-    low, high = a + scale * low, b + scale * high
-    tl.store(y.to(PAIR) + pairs, word(low, high, KIND), mask=inside & (row <= last))
+    done = added(low, high, more, before, scale, KIND, BIAS, True)
+    tl.store(y.to(PAIR) + pairs, done, mask=inside & (row <= last))
     tl.store(times + TIMES + program, time)
 
 
@@ -104,11 +99,6 @@ def tile_sum(
             tl.store(theirs, part, mask=inside, cache_modifier=".wt")
     theirs = of_rank(bases, RANK, PARTS, tl.int64) + place
     low, high = collected(mine, theirs, PROGRAMS * PAIRS, inside, time, KIND, RANK, RANKS, WAIT, False)
-    if BIAS:
-        a, b = pair(more, KIND)
-        low += a[None, :]
-        high += b[None, :]
-    a, b = pair(before, KIND)
-    low, high = a + scale * low, b + scale * high
-    tl.store(y.to(PAIR) + pairs, word(low, high, KIND), mask=inside)
+    done = added(low, high, more[None, :], before, scale, KIND, BIAS, True)
+    tl.store(y.to(PAIR) + pairs, done, mask=inside)
     tl.store(times + TIMES + program, time)

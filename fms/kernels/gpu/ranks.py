@@ -90,6 +90,19 @@ def collected(
     return low, high
 
 
+@triton.jit
+def added(low, high, bias, residual, scale, KIND: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr):
+    """`residual + scale * (sum + bias)`, in words."""
+    if BIAS:
+        a, b = pair(bias, KIND)
+        low += a
+        high += b
+    if ADD:
+        a, b = pair(residual, KIND)
+        low, high = a + scale * low, b + scale * high
+    return word(low, high, KIND)
+
+
 @triton.jit(do_not_specialize=["eighths"])
 def sum_add(
     y, residual, bias, out, bases, times, eighths, scale,
@@ -126,14 +139,7 @@ def sum_add(
             theirs = there if r == NEXT else of_rank(bases, r, PARTS, tl.int64)
             tl.store(theirs + (slot + RANK) * (SLOT // 2) + at, part, mask=inside, cache_modifier=".wt")
     low, high = collected(mine, here + slot * (SLOT // 2) + at, SLOT // 2, inside, time, KIND, RANK, RANKS, WAIT, False)
-    if BIAS:
-        a, b = pair(more, KIND)
-        low += a
-        high += b
-    if ADD:
-        a, b = pair(before, KIND)
-        low, high = a + scale * low, b + scale * high
-    tl.store(out.to(PAIR) + at, word(low, high, KIND), mask=inside)
+    tl.store(out.to(PAIR) + at, added(low, high, more, before, scale, KIND, BIAS, ADD), mask=inside)
     tl.store(times + block, time)
 
 
