@@ -23,8 +23,8 @@ def norm_linear(x: Tensor, norm: nn.Module | None, linear: Weights) -> Tensor:
 
 
 def normalise(x: Tensor, norm: nn.Module, ready: dict[Any, Any] | None = None) -> Tensor:
-    """`norm(x)`. On a GPU a kernel that the host launches sooner than PyTorch's, and what launches it is kept in
-    `ready`; on a CPU an RMSNorm is five short operations, where PyTorch takes ten."""
+    """`norm(x)`. On a GPU a kernel that is launched early, and what launches it is kept in `ready`; on a CPU an RMSNorm
+    is five short operations, where PyTorch takes ten."""
     if torch.compiler.is_compiling():
         return norm(x)
     if ready is not None:
