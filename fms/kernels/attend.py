@@ -21,8 +21,14 @@ Angles = tuple[Tensor, Tensor]  # cos, sin: (b or 1, s, 1, head_dim); the first 
 Norms = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of query heads and of key heads
 
 
+Place = tuple[Tensor, Tensor, int]  # buffers of keys and of values (b, kvheads, slots, head_dim), and the first slot
+
+
 class LayerCache(Protocol):
-    """One layer's keys and values: takes the new ones, (b, kvheads, s, head_dim), and returns all to attend to."""
+    """One layer's keys and values: takes the new ones, (b, kvheads, s, head_dim), and returns all to attend to.
+
+    Where `place(dtype)` is a `Place`, a kernel puts them there by itself, and `held()` returns all.
+    """
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -102,7 +108,7 @@ def attend(
         q, k = norms[0](q), norms[1](k)
     if angles is not None:
         q, k = rotate(q, angles), rotate(k, angles)
-    return _weigh(q, k, v, mask, layer, scale, causal, dropout)
+    return _update(q, k, v, mask, layer, scale, causal, dropout)
 
 
 def attend_packed(
@@ -123,7 +129,13 @@ def attend_packed(
     if step is not None and mask is None and qkv.dtype == layer.k.dtype and _simple(qkv, norms):  # type: ignore[union-attr]
         return _step(qkv, angles, layer, step, head_dim**-0.5 if scale is None else scale, norms)
     if passes(qkv) and _simple(qkv, norms) and qkv.is_contiguous() and head_dim % 2 == 0 and (angles or norms):
-        _rotate(qkv, kvheads, head_dim, angles, norms)
+        buffers: Any = layer if hasattr(layer, "place") else None
+        place = buffers and buffers.place(qkv.dtype)
+        _rotate(qkv, kvheads, head_dim, angles, norms, place)
+        if place:
+            q = qkv[..., : -2 * kvheads * head_dim].unflatten(-1, (-1, head_dim)).transpose(1, 2)
+            k, v = buffers.held()
+            return _weigh(q, k, v, mask, layer, scale, causal, 0.0)
         angles = norms = None
     qk, v = qkv.unflatten(-1, (-1, head_dim)).tensor_split((-kvheads,), dim=2)
     if norms is not None:
@@ -132,7 +144,15 @@ def attend_packed(
     if angles is not None:
         qk = rotate(qk, angles)
     q, k = qk.tensor_split((-kvheads,), dim=2)
-    return _weigh(q, k, v, mask, layer, scale, causal, 0.0)
+    return _update(q, k, v, mask, layer, scale, causal, 0.0)
+
+
+def _update(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layer: LayerCache | None, *how: Any) -> Tensor:
+    """`_weigh`, of new tokens q, k, v (b, s, heads, d)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if layer is not None:
+        k, v = layer.update(k, v)
+    return _weigh(q, k, v, mask, layer, *how)
 
 
 def _weigh(
@@ -145,12 +165,10 @@ def _weigh(
     causal: bool,
     dropout: float,
 ) -> Tensor:
-    b, s, heads, d = q.shape
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # b h s d
-    if layer is not None:
-        k, v = layer.update(k, v)
-        if mask is None and (step := getattr(layer, "step", None)) is not None:
-            mask = step.mask(k.shape[2])
+    """Attention of q (b, heads, s, d) over all of k and v (b, kvheads, kv, d): (b, s, heads * d)."""
+    b, heads, s, d = q.shape
+    if mask is None and (step := getattr(layer, "step", None)) is not None:
+        mask = step.mask(k.shape[2])
     if s == 1 and (mask is None or mask.shape[-3:-1] == (1, 1)):
         # one token: the heads of a group read the same keys, so they are rows of one product and nothing is repeated
         q = q.reshape(b, k.shape[1], -1, d)
@@ -198,22 +216,28 @@ def _simple(qkv: Tensor, norms: Norms | None) -> bool:
     return norms is None or all(isinstance(norm, nn.RMSNorm) and norm.weight is not None for norm in norms)
 
 
-def _rotate(qkv: Tensor, kvheads: int, head_dim: int, angles: Angles | None, norms: Any) -> None:
-    """Normalise and rotate packed query and key heads where they lie."""
+def _rotate(
+    qkv: Tensor, kvheads: int, head_dim: int, angles: Angles | None, norms: Any, place: Place | None = None
+) -> None:
+    """Normalise and rotate packed query and key heads where they lie; keys go to their `place`, if they have one, and
+    values to theirs."""
     from fms.kernels.gpu import rows as kernels
 
     b, s, width = qkv.shape
     cos, sin = (qkv, qkv) if angles is None else (t.contiguous() for t in angles)
     q_norm, k_norm, eps = (qkv, qkv, 0.0) if norms is None else (norms[0].weight, norms[1].weight, epsilon(norms[0]))
     angle_rows = s if angles is not None and cos.shape[0] > 1 else 0
-    heads, block = width // head_dim - 2 * kvheads, 16
+    keys, values, first = (qkv, qkv, 0) if place is None else place
+    heads, store, block = width // head_dim - 2 * kvheads, place is not None, 16
 
     def sizes() -> tuple[tuple[int, ...], dict[str, Any]]:
         named = {"H": heads, "KV": kvheads, "D": head_dim, "HP": power(head_dim // 2), "BLOCK": block}
-        return (b * s, -(-(heads + kvheads) // block)), named | {"ROPE": angles is not None, "NORM": norms is not None}
+        named |= {"ROPE": angles is not None, "NORM": norms is not None, "STORE": store}
+        return (b * s, -(-(heads + (2 if store else 1) * kvheads) // block)), named
 
-    key = (b * s, heads, kvheads, head_dim, angles is None, norms is None)
-    start(kernels.rotate, (qkv, cos, sin, q_norm, k_norm), (s, angle_rows, float(eps)), sizes, key)
+    key = (b * s, heads, kvheads, head_dim, angles is None, norms is None, store)
+    tensors = qkv, cos, sin, q_norm, k_norm, keys, values
+    start(kernels.rotate, tensors, (s, angle_rows, first, keys.shape[2], float(eps)), sizes, key)
 
 
 def _step(qkv: Tensor, angles: Angles | None, layer: Any, step: Step, scale: float, norms: Any) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fms.kernels.attend import LayerCache, Scratch, Step, serves_flash, serves_step
+from fms.kernels.attend import LayerCache, Place, Scratch, Step, serves_flash, serves_step
 
 
 def visible(positions: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
@@ -54,6 +54,12 @@ class StaticLayer:
             rows, slots = self.slots
             self.k[rows, :, slots] = k.transpose(1, 2)
             self.v[rows, :, slots] = v.transpose(1, 2)
+        return self.held()
+
+    def place(self, dtype: torch.dtype) -> Place | None:
+        return (self.k, self.v, self.first) if self.slots is None and self.k.dtype == dtype else None
+
+    def held(self) -> tuple[Tensor, Tensor]:
         return self.k.narrow(2, 0, self.end), self.v.narrow(2, 0, self.end)
 
 

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms.kernels import attend as attention
 from fms.kernels import norm_glu as glu
 from fms.kernels import norm_linear, skinny
 from fms.kernels.add_norm import add_norm
 from fms.kernels.attend import _rotate, attend_packed, rotate
 from fms.kernels.linear_add import linear_add
 from fms.kernels.norm_linear import normalise
+from fms.modules.cache import StaticCache
 from fms.modules.frozen import Fused
 from fms.modules.positions import Rope
 from tests.kernels.poison import poison
@@ -42,10 +44,45 @@ def check_rotate(
         q, k = F.rms_norm(q, (d,), norms[0].weight.float(), 1e-6), F.rms_norm(k, (d,), norms[1].weight.float(), 1e-6)
     if angles is not None:
         q, k = rotate(q, angles), rotate(k, angles)
+    buffers = torch.randn(2, b, kvheads, s + 9, d, **where)
+    packed, before = qkv.clone(), buffers.clone()
     with torch.no_grad():
+        _rotate(packed, kvheads, d, angles, norms, (*buffers, 5))
         _rotate(qkv, kvheads, d, angles, norms)
+    turned, keys, values = qkv.unflatten(-1, (-1, d)).split((heads, kvheads, kvheads), 2)
+    assert torch.equal(packed[..., : heads * d], turned.flatten(2))
+    for buffer, old, want in zip(buffers, before, (keys, values), strict=True):
+        assert torch.equal(buffer[:, :, 5 : s + 5], want.transpose(1, 2))
+        assert all(torch.equal(buffer[:, :, rest], old[:, :, rest]) for rest in (slice(5), slice(s + 5, None)))
     assert far(qkv, torch.cat((q, k, v), 2).flatten(2)) < 6e-3
     assert torch.equal(qkv[..., (heads + kvheads) * d :].float(), v.flatten(2))
+
+
+@torch.no_grad()
+def check_place(kvheads: int, d: int, **where: Any) -> None:
+    """Tokens that go in at once, some behind others, and rows of unequal lengths: as by operations of PyTorch's."""
+    device, norms = where.get("device", "cpu"), norms_of(d, **where)
+    wide: Any = tuple(copy.deepcopy(norm).float() for norm in norms)
+    ours = StaticCache(2, 16, 1, kvheads, d, where["dtype"], device)
+    theirs = StaticCache(2, 16, 1, kvheads, d, torch.float32, device)
+    for n, take in ((5, None), (3, [[3], [1]]), (2, None)):
+        qkv = torch.randn(2, n, (4 + 2 * kvheads) * d, **where)
+        got = []
+        for cache, of_heads in ((ours, norms), (theirs, wide)):
+            if take is not None:
+                cache.take = torch.tensor(take, device=device)
+            positions, mask = cache.advance(n)
+            angles = Rope(d, theta=50.0)(positions, 16)
+            of_a_type = cache.layers[0].k.dtype
+            got.append(
+                attend_packed(qkv.to(of_a_type, copy=True), kvheads, d, angles, mask, cache.layers[0], norms=of_heads)
+            )
+            assert (cache.layers[0].place(of_a_type) is None) == (n == 2)
+        assert far(*got) < 1e-2
+        layer, plain = ours.layers[0], theirs.layers[0]
+        assert layer.place(torch.float32) is None
+        assert far(layer.k, plain.k) < 6e-3
+        assert far(layer.v, plain.v) < 1e-3
 
 
 def check_glu(rows: int, n: int, **where: Any) -> None:
@@ -77,6 +114,9 @@ def test_interpreted(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch)
     for of_rows, normed, rope in ((False, False, True), (True, True, True), (False, True, False)):
         check_rotate(2, 3, 4, 2, 16, of_rows=of_rows, normed=normed, rope=rope, dtype=torch.float16)
     check_rotate(1, 2, 17, 1, 10, of_rows=False, normed=False, dtype=torch.float16)
+    monkeypatch.setattr(attention, "passes", lambda x: x.dtype == torch.float16)
+    for kvheads in (1, 2):
+        check_place(kvheads, 8, dtype=torch.float16)
     check_glu(3, 21, dtype=torch.float16)
     check_glu(1, 2100, dtype=torch.float16)
     check_add_norm(3, 100, nn.RMSNorm, dtype=torch.float16)
@@ -162,6 +202,8 @@ def test_against_fp32(dtype: torch.dtype) -> None:
     for heads, kvheads, d in ((32, 32, 128), (32, 8, 128), (48, 1, 128), (9, 3, 64), (3, 3, 10), (8, 2, 256)):
         check_rotate(2, 65, heads, kvheads, d, of_rows=False, normed=False, **where)
         check_rotate(3, 33, heads, kvheads, d, of_rows=True, normed=True, **where)
+    for kvheads in (1, 4):
+        check_place(kvheads, 64, **where)
     for n in (5, 2048, 11008):
         check_glu(65, n, **where)
         check_add_norm(65, n, nn.RMSNorm, **where)
@@ -174,10 +216,11 @@ def test_a_thousand_runs_agree() -> None:
     qkv, h = (torch.randn(2, 33, n, device="cuda", dtype=torch.bfloat16) for n in (48 * 128, 2 * 11008))
     angles, norms = Rope(128)(torch.arange(33, device="cuda")[None], 33), norms_of(128, device="cuda")
 
-    def both() -> tuple[Tensor, Tensor]:
+    def both() -> tuple[Tensor, ...]:
         turned = qkv.clone()
-        _rotate(turned, 8, 128, angles, norms)
-        return turned, glu._launch(h, 1)
+        keys, values = torch.full((2, 2, 8, 40, 128), 3.0, device="cuda", dtype=torch.bfloat16)
+        _rotate(turned, 8, 128, angles, norms, (keys, values, 7))
+        return turned, keys, values, glu._launch(h, 1)
 
     once = both()
     for _ in range(1000):

@@ -44,21 +44,25 @@ def glu(h, y, N: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr):
     tl.store(y + row * N + n, (activate(gate, ACT) * up).to(y.dtype.element_ty), mask=n < N)
 
 
-@triton.jit(do_not_specialize=["s", "angle_rows"])
+@triton.jit(do_not_specialize=["s", "angle_rows", "first", "slots"])
 def rotate(
-    qkv, cos, sin, q_norm, k_norm, s, angle_rows, eps,
+    qkv, cos, sin, q_norm, k_norm, keys, values, s, angle_rows, first, slots, eps,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and rotate the query and key heads of packed tokens (heads, D), in place."""
+    """Normalise and rotate the query and key heads of packed tokens (heads, D), in place; or keys, and values as they
+    are, into buffers (b, KV, slots, D) from slot `first` on."""
     HALF: tl.constexpr = D // 2
     token, head, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HP)
-    at = qkv + token * (H + 2 * KV) * D + head[:, None] * D + e[None, :]
-    inside = (head[:, None] < H + KV) & (e[None, :] < HALF)
-    x1, x2 = vector(at, 0, inside), vector(at + HALF, 0, inside)
+    head = head[:, None]
+    at = qkv + token * (H + 2 * KV) * D + head * D + e[None, :]
+    turned = head < H + KV
+    inside = (head < H + (2 * KV if STORE else KV)) & (e[None, :] < HALF)
+    v1, v2 = vector(at, 0, inside), vector(at + HALF, 0, inside)
+    x1, x2 = v1, v2
     if NORM:
         factor = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
-        of_q = head[:, None] < H
+        of_q = head < H
         x1 *= factor * tl.where(of_q, vector(q_norm, e, e < HALF)[None, :], vector(k_norm, e, e < HALF)[None, :])
         q2, k2 = vector(q_norm + HALF, e, e < HALF), vector(k_norm + HALF, e, e < HALF)
         x2 *= factor * tl.where(of_q, q2[None, :], k2[None, :])
@@ -66,5 +70,14 @@ def rotate(
         angle = ((token // s) * angle_rows + token % s) * D + e
         c, n = vector(cos, angle, e < HALF)[None, :], vector(sin + HALF, angle, e < HALF)[None, :]
         x1, x2 = x1 * c - x2 * n, x2 * c + x1 * n
+    if STORE:
+        kv = head - H
+        x1, x2 = tl.where(turned, x1, v1), tl.where(turned, x2, v2)
+        to = (((token // s) * KV + kv % KV) * slots + first + token % s) * D + e[None, :]
+        tl.store(keys + to, x1.to(qkv.dtype.element_ty), mask=inside & (kv >= 0) & turned)
+        tl.store(keys + to + HALF, x2.to(qkv.dtype.element_ty), mask=inside & (kv >= 0) & turned)
+        tl.store(values + to, x1.to(qkv.dtype.element_ty), mask=inside & (kv >= KV))
+        tl.store(values + to + HALF, x2.to(qkv.dtype.element_ty), mask=inside & (kv >= KV))
+        inside &= kv < 0
     tl.store(at, x1.to(qkv.dtype.element_ty), mask=inside)
     tl.store(at + HALF, x2.to(qkv.dtype.element_ty), mask=inside)
