@@ -1,6 +1,8 @@
 """{rotary + cache write + attention}: from projected heads to their weighted values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -197,12 +199,25 @@ def _weigh(
 
 
 _calls: dict[tuple[Any, ...], int] = {}
+_planned = ContextVar("planned", default=False)
+
+
+@contextmanager
+def planned() -> Iterator[None]:
+    """Within, a plan is worth it for any shape."""
+    before = _planned.set(True)
+    try:
+        yield
+    finally:
+        _planned.reset(before)
 
 
 def _comes_often(q: Tensor, k: Tensor) -> bool:
     """Whether this shape has come so often that a plan for it is worth it."""
     if torch.compiler.is_compiling():
         return False
+    if _planned.get():
+        return True
     shape = q.device, q.dtype, q.shape, k.shape[1]
     if len(_calls) > OFTEN:
         _calls.clear()

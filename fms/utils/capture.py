@@ -1,27 +1,51 @@
-"""The decode step as a CUDA graph: from the last token of each row to the next, without the host."""
+"""The decode step as a CUDA graph: from the last token of each row to the next, without the host. And the prefill of
+prompts so short that the host takes longer than the device."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cache as cached
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fms.kernels.attend import planned
 from fms.kernels.next_token import choose_greedily, make_rows, move_on, stop
 from fms.kernels.sum_add import ROWS
 from fms.modules.cache import StaticCache
+from fms.modules.moe import MixtureOfExperts, SharedExpert
 from fms.modules.rolling import RollingCache
 from fms.utils.sampling import Sampling, choose, penalise, share_of
 
 _ran: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()  # of a model, the kinds of step that have been captured
 KEPT = 1 << 30  # bytes: the largest cache that is kept with its step
+WIDTH = 8  # of prompts: they are padded to multiples of it, each with a graph of its own
+OFTEN = 8  # prompts of a width that launching took about as much longer for as planning and capturing it takes
+# Tokens of all rows times weights of a block up to which the device has run it, in 0.35 ms at 700 TFLOP/s, before the
+# host has launched the next.
+LAUNCHED_LATE = 1.2e11
+
+
+@dataclass
+class Prompts:
+    """Prompts of one width: `ids` (b, width), the place (b) of each row's last token, and the logits (b, vocabulary or
+    this rank's share) behind that. `times`: how often such have come."""
+
+    ids: Tensor
+    lasts: Tensor
+    logits: Any = None
+    graph: torch.cuda.CUDAGraph | None = None
+    times: int = 0
 
 
 class CapturedStep:
     """Feeds each row's last token to the model and chooses the next. All it needs lies, and is moved on, on the device.
 
-    `begin`, then `replay` for each token, then `finish`. A row that ends, at a token of `eos` or when it is full, feeds
-    no more: what it is given from there on is not its own, and its length in the cache stays.
+    `begin`, then `replay` for each token, then `finish`; before them `prefill`, if the cache is empty. A row that ends,
+    at a token of `eos` or when it is full, feeds no more: what it is given from there on is not its own, and its length
+    in the cache stays.
     """
 
     def __init__(
@@ -43,7 +67,10 @@ class CapturedStep:
         if self.how.repetition_penalty != 1:
             self.seen = torch.zeros(cache.batch, model.config.src_vocab_size, dtype=torch.bool, device=cache.device)
         self.angles: Tensor | None = None  # (2, b or 1, max_len, 1, head_dim): cos and sin of all positions
+        self.span: Any = None  # of which they are
+        self.prompts: dict[int, Prompts] = {}  # by width
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.pool: Any = None  # the memory that graphs share
         self.stream: Any = None  # on which it last ran
         self.lasts = True  # no collective of NCCL's is in it, which waits at its end for all graphs that it is in
 
@@ -67,12 +94,10 @@ class CapturedStep:
         self.cache.lengths, self.cache.steady = rows.lengths, True
         rows.going.fill_(1)
         stop(rows)
+        self._turn()
         if self.graph is None:
-            self.angles = self._all_angles() if self.model.rope else None
             self.kind, self.made_of = self._kind(), _made_of(self.model)
             self._capture()
-        elif self.angles is not None and self.cache.span is not self.span:
-            self.angles.copy_(self._all_angles())
 
     def replay(self) -> None:
         """Choose one more token a row: `tokens` once the device has come so far."""
@@ -83,9 +108,62 @@ class CapturedStep:
         """Leave the cache to others, its rows holding these numbers of tokens."""
         self.cache.hold(lengths)
 
+    def prefill(self, ids: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """Fill the empty cache with prompts `ids` (b, s), rows of these lengths padded on the right: logits (b,
+        vocabulary, or this rank's share) behind each row's last token. Once such a width has come often it is a graph.
+        `None`, and nothing is done, where that is not worth it or can't be."""
+        width = min(-(-ids.shape[1] // WIDTH) * WIDTH, self.cache.max_len, self.model.config.max_positions)
+        if not self._late(width):
+            return None
+        self._turn()
+        prompts = self.prompts.get(width)
+        if prompts is None:
+            lasts = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+            prompts = self.prompts[width] = Prompts(ids.new_zeros(len(ids), width), lasts)
+        prompts.ids.copy_(F.pad(ids, (0, width - ids.shape[1])))
+        prompts.lasts.copy_(torch.tensor(lengths) - 1)
+        logits = self._logits(prompts)
+        self.cache.hold(lengths)
+        return logits
+
+    def _logits(self, prompts: Prompts) -> Tensor:
+        prompts.times += 1
+        if prompts.graph is not None:
+            prompts.graph.replay()
+        elif prompts.times < OFTEN:
+            self._prefill(prompts)
+        else:
+            comm = self.model.comm
+            before = 0 if comm is None else comm.through_backend
+            with planned():
+                self._prefill(prompts)
+                if comm is None or comm.through_backend == before:  # what NCCL takes part in can't be kept
+                    logits = prompts.logits
+                    torch.cuda.empty_cache()  # of what plain launches left: a graph has memory of its own
+                    prompts.graph = self._graph(lambda: self._prefill(prompts))
+                    return logits
+        return prompts.logits
+
+    def _late(self, width: int) -> bool:
+        """Whether the host takes longer to launch the prefill of such prompts than the device to run it."""
+        model, cache = self.model, self.cache
+        if not isinstance(cache, StaticCache) or cache.length:
+            return False
+        if getattr(model, "compiled", "none") != "none":
+            return False  # it may compile again
+        if any(isinstance(block.ff, MixtureOfExperts | SharedExpert) for block in model.layers):
+            return False  # the host may wait for how many rows an expert has
+        weights = sum(getattr(p, "_local_tensor", p).numel() for p in model.layers[0].parameters())
+        return cache.batch * width * weights <= LAUNCHED_LATE
+
+    def _prefill(self, prompts: Prompts) -> None:
+        self.cache.hold([0] * self.cache.batch)
+        angles = None if self.angles is None else self.angles[:, :, : prompts.ids.shape[1]].unbind()
+        h = self.model.hidden(prompts.ids, cache=self.cache, angles=angles)[self.numbers, prompts.lasts]
+        prompts.logits = self.model.head(h) if self.share is None else self.model.head.local(h)
+
     def _capture(self) -> None:
         state = [self.rows.lengths, self.rows.going, self.rows.fed, *([] if self.seen is None else [self.seen])]
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.cache.device)
         kinds = _ran.setdefault(self.model, set())
         if self.kind not in kinds:
             kept = [t.clone() for t in state]
@@ -94,23 +172,35 @@ class CapturedStep:
                 t.copy_(kept_one)
         comm, compiled = self.model.comm, getattr(self.model, "compiled", "none") != "none"
         before = 0 if comm is None else comm.through_backend
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # not torch.cuda.graph: that empties the allocator's store and collects garbage
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._step()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = graph
+        self.graph = self._graph(self._step)
         self.lasts = comm is None or (not compiled and comm.through_backend == before)
         if not compiled:  # else it may be compiled again
             kinds.add(self.kind)
 
-    def _all_angles(self) -> Tensor:
+    def _graph(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph, stream = torch.cuda.CUDAGraph(), _side(self.cache.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # not torch.cuda.graph: that empties the allocator's store and collects garbage
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+    def _turn(self) -> None:
+        """Have the angles of the sequences that the cache is for now."""
+        if not self.model.rope or self.span is self.cache.span:
+            return
         self.span = self.cache.span
         everywhere = torch.arange(self.cache.max_len, device=self.cache.device)[None]
-        return torch.stack(self.model.rope(everywhere, self.cache.span))
+        angles = torch.stack(self.model.rope(everywhere, self.cache.span))
+        if self.angles is None:
+            self.angles = angles
+        else:
+            self.angles.copy_(angles)
 
     def _kind(self) -> Any:
         """What decides which kernels a step is made of."""
@@ -164,6 +254,9 @@ def kept(model: Any, rows: int, length: int, how: Sampling, eos: Collection[int]
         return None
     if step.made_of != _made_of(model):
         step.graph = None  # made anew, on this rank maybe alone: of a kind that needs not be run first
+        step.span = None
+        for prompts in step.prompts.values():
+            prompts.graph = prompts.logits = None
     step.cache.hold([0] * rows)
     return step
 
@@ -171,6 +264,12 @@ def kept(model: Any, rows: int, length: int, how: Sampling, eos: Collection[int]
 def forget(model: Any) -> None:
     """Give up what the model's last generation has kept."""
     _kept.pop(model, None)
+
+
+@cached
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are captured: cuBLAS keeps memory for each stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def _stream(cache: StaticCache | RollingCache) -> Any:

@@ -78,8 +78,8 @@ def generate(
     computes everything anew for each token.
 
     On a GPU the decode step of a frozen model is captured as a CUDA graph where that can be done and is worth it; the
-    model's next call has it, with its cache of up to a GiB, if it fits. `capture=False` launches each kernel by itself,
-    `capture=True` raises `ValueError` where it can't be done.
+    model's next call has it, with its cache of up to a GiB, if it fits, and captures its prefill of a short prompt.
+    `capture=False` launches each kernel by itself, `capture=True` raises `ValueError` where it can't be done.
     `compile` ("none", "blocks", "max") compiles the model first, as `get_model(compile=...)` does; it stays so.
 
     `timing="per-token"` or `"e2e"` makes it (result, list of seconds). Hooks run around each step:
@@ -199,8 +199,8 @@ class Run:
         self.prompts = [p.to(self.device) for p in prompts]
         self.lengths = [len(p) for p in prompts]
 
-        held = 0 if cache is None else max(cache.held())
-        longest = held + max(self.lengths)
+        held = [0] * len(prompts) if cache is None else cache.held()
+        longest = max(held) + max(self.lengths)
         limit = min(max_seq_len or model.config.max_positions, model.config.max_positions)
         if cache is not None:
             limit = min(limit, cache.max_len)
@@ -215,14 +215,13 @@ class Run:
             raise ValueError(f"the cache has {cache.batch} rows, the prompts are {len(prompts)}")
         if cache is not None:
             cache.rewind(cache.held())  # give back what padding of earlier runs took
-        held_by_row = [0] * len(prompts) if cache is None else cache.held()
-        self.first = [h + n for h, n in zip(held_by_row, self.lengths, strict=True)]  # places of the first new tokens
+        self.first = [h + n for h, n in zip(held, self.lengths, strict=True)]  # places of the first new tokens
         self.room = [min(wanted, limit - first) for first in self.first]  # new tokens a row
         self.max_new_tokens = max(self.room) if cache is None else min(max(self.room), cache.max_len - longest)
         self.span = torch.tensor([[f + n] for f, n in zip(self.first, self.room, strict=True)], device=self.device)
         self.continued = cache is not None  # by whoever gave it
         worth = capture or (capture is None and self.max_new_tokens >= WORTH_CAPTURING)
-        self.step: CapturedStep | None = None
+        self.step: Any = None
         if cache is None and use_cache:
             end = longest + self.max_new_tokens
             b, room = len(prompts), (min(end, limit), max(end - limit, 0))
@@ -234,6 +233,7 @@ class Run:
         if capture and obstacle:
             raise ValueError(f"capture=True: the decode step can't be captured {obstacle}")
         self.capture = not obstacle and worth
+        self.step = (self.step or CapturedStep(model, self.cache, self.how, self.eos)) if self.capture else None
 
     def _obstacle(self) -> str:
         """Why the decode step can't be captured."""
@@ -314,8 +314,7 @@ class Run:
 
     def _captured(self, tokens: Tensor, seen: Tensor | None) -> Iterator[tuple[list[int], list[bool]]]:
         """What `_tokens` gives, from the second token on: the device runs ahead, the host reads late."""
-        step = self.step or CapturedStep(self.model, self.cache, self.how, self.eos)
-        fit = True
+        step, fit = self.step, True
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         left = self.max_new_tokens - 1
         try:
@@ -351,6 +350,8 @@ class Run:
         self.whole = torch.nn.utils.rnn.pad_sequence(list(self.prompts), batch_first=True)
         if self.cache is None:
             return self._step(0, self.whole, {})
+        if self.capture and (logits := self.step.prefill(self.whole, self.lengths)) is not None:
+            return logits, {"cache": self.cache}
         longest = max(self.lengths)
         width = longest if self.before else PREFILL_CHUNK  # a hook sees the whole prompt
         if min(self.lengths) == longest:
@@ -359,7 +360,7 @@ class Run:
                 self.model.hidden(chunk, cache=self.cache, last_n_tokens=1)
             return self._step(0, rest, {"cache": self.cache})
         ends = torch.tensor(self.lengths, device=self.device) - 1
-        last: Tensor | None = None
+        last: Any = None
         for first in range(0, longest, width):
             self.cache.take = (ends[:, None] + 1 - first).clamp(0, width)
             chunk, kwargs = self.whole[:, first : first + width], {"cache": self.cache}
@@ -369,7 +370,6 @@ class Run:
             inside = (ends >= first) & (ends < first + h.shape[1])
             here = h[torch.arange(len(h), device=h.device), (ends - first).clamp(0, h.shape[1] - 1)]
             last = here if last is None else torch.where(inside[:, None], here, last)
-        assert last is not None
         return self._logits(last), kwargs
 
     def _decode(

@@ -141,6 +141,9 @@ def test_a_shape_that_comes_often_is_planned(monkeypatch: pytest.MonkeyPatch) ->
     assert [kernel._comes_often(q, k) for _ in range(5)] == [False, False, False, True, True]
     assert not kernel._comes_often(q, q)  # another number of key heads
     assert not kernel._comes_often(q[:, :, :5], k)
+    with kernel.planned():
+        assert kernel._comes_often(q[:, :, :6], k)
+    assert not kernel._comes_often(q[:, :, :6], k)
     for s in range(6):  # more shapes than are worth keeping
         kernel._comes_often(q[:, :, :s], q)
     assert len(kernel._calls) <= 4
