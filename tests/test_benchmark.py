@@ -57,6 +57,8 @@ def test_a_cell_is_measured_and_right(bench, mode, task, cached):
     assert len(cell.repeats) == 3
     assert cell.ms == sorted(cell.repeats)[1] > 0
     assert cell.tokens_per_second == pytest.approx(2e3 / cell.ms)
+    assert (cell.first is None) == (task == "single")
+    assert cell.first is None or 0 < cell.first < cell.ms * cell.new_tokens
     assert cell.check in ("same", "near")
     assert (cell.share is not None) == cached
     if cached:
@@ -80,8 +82,18 @@ def test_a_captured_cell_needs_a_gpu(bench, mode):
 class Played(CapturedStep):
     """The captured step without a graph."""
 
-    def _capture(self) -> None:
-        self.graph = SimpleNamespace(replay=self._step)
+    def _graph(self, run):
+        return SimpleNamespace(replay=run)
+
+
+def test_a_captured_generation_has_settled(bench, monkeypatch):
+    """Generations before those that are measured are as many as a prompt's forward takes to be captured."""
+    seen = []
+    steady = lambda *args, **how: (seen.append(how["max_new_tokens"]) or bench.expected[1], [0.5, 0.1])
+    monkeypatch.setattr(benchmark, "generate", steady)
+    cell = bench._measure(CAPTURED, Cell(CAPTURED.name, "e2e", True, 2, 9, 4), None)
+    assert seen == [4, *[2] * (benchmark.OFTEN - 1), *[4] * (1 + bench.repeats)]
+    assert (cell.check, cell.first) == ("same", 500.0)
 
 
 def test_a_captured_step_is_replayed_and_checked(bench, monkeypatch):
@@ -218,11 +230,13 @@ def test_tables():
         else replace(c, note="out of memory")
         for c in cells
     ]
-    cells[0] = replace(cells[0], share=0.51, allocated=1_500_000_000, reserved=2_000_000_000, check="same")
+    cells[0] = replace(cells[0], first=7.25, share=0.51, allocated=1_500_000_000, reserved=2_000_000_000, check="same")
     text = tables(MACHINE, cells)
     assert "| 2 | 16 | eager | 12.00 | 12.00 | 12.00 | 12.00 |" in text
     assert "| 2 | 16 | captured | 3.00 |  | 3.00 |  |" in text
     assert "| 2 | 16 | compiled | out of memory |" in text
+    assert "until the first token\n\n| batch | prompt | mode | single token, cached |" in text
+    assert "| 2 | 16 | eager | 7.25 |" in text
     assert "| 2 | 16 | eager | 51% |" in text
     assert "| 2 | 16 | eager | 1.50 / 2.00 |" in text
     assert "| 2 | 16 | a CUDA graph | 4.00x |  | 4.00x |  |" in text

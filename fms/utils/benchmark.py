@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fms.utils.capture import CapturedStep, forget
+from fms.utils.capture import OFTEN, CapturedStep, forget
 from fms.utils.devices import is_out_of_memory
 from fms.utils.generation import PREFILL_CHUNK, Run, generate
 from fms.utils.measure import peak, reset_peak, step_bytes, synchronise, trace
@@ -50,7 +50,8 @@ class Cell:
     """One figure of the table, and what belongs to it. What was not measured is `None`, and `note` says why.
 
     `task`: "single" is one more token behind a prompt of `seq_len`, "e2e" a generation of `new_tokens`, the prompt's
-    forward included. `ms` is of one token of every row, the median of `repeats`; `tokens_per_second` counts all rows.
+    forward included. `ms` is of one token of every row, the median of `repeats`; `tokens_per_second` counts all rows;
+    `first` is the milliseconds until the first token of a generation is there, their median, too.
     `bytes` is what a token must read on this rank, weights and cache; `share` how near that comes to the bandwidth
     (1: as fast as memory can be read). `allocated` and `reserved` are bytes at the peak, `warm_up` the seconds of all
     that ran before it was measured.
@@ -65,6 +66,7 @@ class Cell:
     ms: float | None = None
     repeats: tuple[float, ...] = ()
     tokens_per_second: float | None = None
+    first: float | None = None
     bytes: int | None = None
     share: float | None = None
     allocated: int | None = None
@@ -118,6 +120,7 @@ class Bench:
         random = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab or model.config.src_vocab_size, (batch_size, seq_len + 1), generator=random)
         self.ids = ids.to(self.device)
+        self.firsts: list[float] = []  # seconds until the first token, of each generation so far
         self.expected = self._attempt(self._expect) if check else None
 
     def cell(self, mode: Mode, task: str, cached: bool, profile: Path | None = None) -> Cell:
@@ -166,17 +169,22 @@ class Bench:
         # decode steps of captured cells lengthen the cache, as a generation does
         single = cell.task == "single"
         steps = self.steps if single else self.new
-        make = self._generation if not single else self._replayed if mode.captured else self._step
+        make: Any = self._generation if not single else self._replayed if mode.captured else self._step
         with sdpa_kernel(SDPBackend.MATH) if mode.plain else contextlib.nullcontext():
             start = time.perf_counter()
             run, once = make(mode, cell.cached)
             made = run()
+            if mode.captured and not single:
+                for _ in range(OFTEN - 1):
+                    run(2)  # until the prompt's forward is captured, too, if it is to be
+                made = run()
             synchronise(self.device)
             warm_up = time.perf_counter() - start
             checked = self._compare(once() if made is None else made) if self.check else ""
             reset_peak(self.device)
             repeats = tuple(self._timed(run) / steps * 1e3 for _ in range(self.repeats))
             allocated, reserved = peak(self.device)
+            firsts = self.firsts[-self.repeats :]
             if profile is not None:
                 trace(run, profile / f"{cell.name}.json", self.device)
         ms = statistics.median(repeats)
@@ -187,6 +195,7 @@ class Bench:
             ms=ms,
             repeats=repeats,
             tokens_per_second=self.batch / ms * 1e3,
+            first=None if single else statistics.median(firsts) * 1e3,
             bytes=read,
             share=read / self.bandwidth / ms * 1e3 if read and self.bandwidth else None,
             allocated=allocated,
@@ -245,17 +254,20 @@ class Bench:
         return run, once
 
     def _generation(self, mode: Mode, cached: bool) -> tuple[Callable[[], Any], Callable[[], Tensor]]:
-        def run() -> Tensor:
-            return generate(
+        def run(most: int = self.new) -> Tensor:
+            tokens, (first, *_) = generate(
                 self.model,
                 self.ids[:, :-1],
-                max_new_tokens=self.new,
+                max_new_tokens=min(most, self.new),
                 use_cache=cached,
                 capture=mode.captured,
                 eos_token_id=(),
                 do_sample=False,
                 repetition_penalty=1.0,
+                timing="per-token",
             )
+            self.firsts.append(first)
+            return tokens
 
         return run, run
 

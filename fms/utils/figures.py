@@ -30,6 +30,7 @@ def tables(machine: dict[str, Any], cells: Sequence[Cell]) -> str:
         f"## {machine['model']}, {machine['dtype']}\n\n{where}; {new} new tokens; memory is read at "
         f"{machine['bandwidth_gb_s']:.1f} GB/s; compiled: {machine['compile']}.",
         "### Milliseconds a token\n\n" + table(cells, lambda c: number(c.ms) or c.note),
+        "### Milliseconds until the first token\n\n" + table(cells, lambda c: number(c.first)),
         "### Tokens a second, of all rows\n\n" + table(cells, lambda c: number(c.tokens_per_second)),
         "### Share of the bandwidth limit\n\n" + table(cells, lambda c: None if c.share is None else f"{c.share:.0%}"),
         "### Peak memory, GB: allocated / reserved\n\n" + table(cells, memory),
