@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,8 @@ def answer_together(
 
     from fms.utils.generation import Run
 
-    run = Run(loaded.model, [torch.tensor(row) for row in ids], tokenizer=loaded.tokenizer, **options)
-    run.how = replace(run.how, seed=run.how.seed + first)
+    rows = [torch.tensor(row) for row in ids]
+    run = Run(loaded.model, rows, tokenizer=loaded.tokenizer, first_row=first, **options)
     new: list[list[int]] = [[] for _ in ids]
     for step in run:
         for row, token in zip(new, step, strict=True):

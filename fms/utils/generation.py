@@ -4,7 +4,7 @@ import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -161,7 +161,8 @@ def stream_run(run: "Run", tokenizer: BaseTokenizer) -> Iterator[str]:
 class Run:
     """One generation: iterate to get, at each step, the new token of each row, or `None` for a row that has ended.
 
-    `prompts` are 1-D tensors of ids. `timing` fills up on the way. Options are those of `generate`.
+    `prompts` are 1-D tensors of ids. `timing` fills up on the way. Options are those of `generate`; rows draw as those
+    from number `first_row` on of a larger batch would.
     """
 
     def __init__(
@@ -179,13 +180,15 @@ class Run:
         before: BeforeStep | None = None,
         after: AfterStep | None = None,
         capture: bool | None = None,
+        first_row: int = 0,
         **sampling: Any,
     ):
         if not getattr(model, "causal", True):
             raise ValueError("an encoder can't generate text: it says nothing of the next token")
         self.model, self.tokenizer, self.before, self.after = model, tokenizer, before, after
         self.defaults: dict[str, Any] = getattr(model, "generation_defaults", {})
-        self.how = sampling_of(sampling, self.defaults, inspect.signature(generate).parameters)
+        how = sampling_of(sampling, self.defaults, inspect.signature(generate).parameters)
+        self.how = replace(how, seed=how.seed + first_row)
         self.eos = ends_of(eos_token_id, self.defaults, tokenizer)
         self.stop = [stop] if isinstance(stop, str) else list(stop)
         if self.stop and tokenizer is None:
