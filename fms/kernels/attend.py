@@ -29,7 +29,7 @@ Place = tuple[Tensor, Tensor, int]  # buffers of keys and of values (b, kvheads,
 class LayerCache(Protocol):
     """One layer's keys and values: takes the new ones, (b, kvheads, s, head_dim), and returns all to attend to.
 
-    Where `place(dtype)` is a `Place`, a kernel puts them there by itself, and `held()` returns all.
+    Where `place(x)` is a `Place` for tokens x (b, s, ...), a kernel puts them there, and `held()` returns all.
     """
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -132,7 +132,7 @@ def attend_packed(
         return _step(qkv, angles, layer, step, head_dim**-0.5 if scale is None else scale, norms)
     if passes(qkv) and _simple(qkv, norms) and qkv.is_contiguous() and head_dim % 2 == 0 and (angles or norms):
         buffers: Any = layer if hasattr(layer, "place") else None
-        place = buffers and buffers.place(qkv.dtype)
+        place = buffers and buffers.place(qkv)
         _rotate(qkv, kvheads, head_dim, angles, norms, place)
         if place:
             q = qkv[..., : -2 * kvheads * head_dim].unflatten(-1, (-1, head_dim)).transpose(1, 2)

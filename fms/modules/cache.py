@@ -56,8 +56,9 @@ class StaticLayer:
             self.v[rows, :, slots] = v.transpose(1, 2)
         return self.held()
 
-    def place(self, dtype: torch.dtype) -> Place | None:
-        return (self.k, self.v, self.first) if self.slots is None and self.k.dtype == dtype else None
+    def place(self, x: Tensor) -> Place | None:
+        fits = self.slots is None and len(x) == len(self.k) and x.dtype == self.k.dtype
+        return (self.k, self.v, self.first) if fits else None
 
     def held(self) -> tuple[Tensor, Tensor]:
         return self.k.narrow(2, 0, self.end), self.v.narrow(2, 0, self.end)

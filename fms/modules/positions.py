@@ -73,6 +73,11 @@ class Rope:
     theta: float = 10_000.0
     scaling: RopeScaling | None = None
 
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies depend on how long sequences get."""
+        return self.scaling is not None and self.scaling.kind == "dynamic"
+
     def __call__(self, positions: Tensor, length: int | Tensor | None) -> Angles:
         """Angles at integer `positions` (b or 1, s), as `rotate` takes them: fp32 (b or 1, s, 1, head_dim) each.
 
@@ -92,7 +97,7 @@ class Rope:
         s = self.scaling
         if s is None:
             return 1.0 / self.theta**exponents
-        if s.kind == "dynamic":
+        if self.by_length:
             if length is None:
                 raise ValueError(
                     "dynamic rotary scaling needs to know how long sequences get: model.make_cache(batch, max_len)"

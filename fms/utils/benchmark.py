@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fms.utils.capture import OFTEN, CapturedStep, forget
+from fms.utils.capture import COME_OFTEN, CapturedStep, forget
 from fms.utils.devices import is_out_of_memory
 from fms.utils.generation import PREFILL_CHUNK, Run, generate
 from fms.utils.measure import peak, reset_peak, step_bytes, synchronise, trace
@@ -175,7 +175,7 @@ class Bench:
             run, once = make(mode, cell.cached)
             made = run()
             if mode.captured and not single:
-                for _ in range(OFTEN - 1):
+                for _ in range(COME_OFTEN - 1):
                     run(2)  # until the prompt's forward is captured, too, if it is to be
                 made = run()
             synchronise(self.device)

@@ -4,6 +4,7 @@ prompts so short that the host takes longer than the device."""
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache as cached
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,12 +18,14 @@ from fms.kernels.sum_add import ROWS
 from fms.modules.cache import StaticCache
 from fms.modules.moe import MixtureOfExperts, SharedExpert
 from fms.modules.rolling import RollingCache
+from fms.utils.devices import is_out_of_memory
 from fms.utils.sampling import Sampling, choose, penalise, share_of
 
 _ran: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()  # of a model, the kinds of step that have been captured
 KEPT = 1 << 30  # bytes: the largest cache that is kept with its step
 WIDTH = 8  # of prompts: they are padded to multiples of it, each with a graph of its own
-OFTEN = 8  # prompts of a width that launching took about as much longer for as planning and capturing it takes
+COME_OFTEN = 8  # prompts of a width that launching took about as much longer for as planning and capturing it takes
+GRAPHS = 64  # of prompts, at most
 # Tokens of all rows times weights of a block up to which the device has run it, in 0.35 ms at 700 TFLOP/s, before the
 # host has launched the next.
 LAUNCHED_LATE = 1.2e11
@@ -30,14 +33,16 @@ LAUNCHED_LATE = 1.2e11
 
 @dataclass
 class Prompts:
-    """Prompts of one width: `ids` (b, width), the place (b) of each row's last token, and the logits (b, vocabulary or
-    this rank's share) behind that. `times`: how often such have come."""
+    """Prompts of one width: `ids` (b, width), and the place (b) of each row's last token among the `last` ones, or if
+    that is 0 among all. Of a graph, the logits (b, vocabulary or this rank's share) behind it. `times`: how often such
+    prompts have come."""
 
     ids: Tensor
-    lasts: Tensor
-    logits: Any = None
-    graph: torch.cuda.CUDAGraph | None = None
+    places: Tensor
+    last: int
     times: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    logits: Tensor | None = None
 
 
 class CapturedStep:
@@ -68,9 +73,8 @@ class CapturedStep:
             self.seen = torch.zeros(cache.batch, model.config.src_vocab_size, dtype=torch.bool, device=cache.device)
         self.angles: Tensor | None = None  # (2, b or 1, max_len, 1, head_dim): cos and sin of all positions
         self.span: Any = None  # of which they are
-        self.prompts: dict[int, Prompts] = {}  # by width
+        self.prompts: dict[tuple[int, bool], Prompts] = {}  # by width and whether all rows are as long
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.pool: Any = None  # the memory that graphs share
         self.stream: Any = None  # on which it last ran
         self.lasts = True  # no collective of NCCL's is in it, which waits at its end for all graphs that it is in
 
@@ -112,37 +116,51 @@ class CapturedStep:
         """Fill the empty cache with prompts `ids` (b, s), rows of these lengths padded on the right: logits (b,
         vocabulary, or this rank's share) behind each row's last token. Once such a width has come often it is a graph.
         `None`, and nothing is done, where that is not worth it or can't be."""
-        width = min(-(-ids.shape[1] // WIDTH) * WIDTH, self.cache.max_len, self.model.config.max_positions)
+        b, s = ids.shape
+        width = min(-(-s // WIDTH) * WIDTH, self.cache.max_len, self.model.config.max_positions)
         if not self._late(width):
             return None
         self._turn()
-        prompts = self.prompts.get(width)
+        even = min(lengths) == s  # then the last block need not compute the tokens before
+        prompts = self.prompts.pop((width, even), None)
         if prompts is None:
-            lasts = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-            prompts = self.prompts[width] = Prompts(ids.new_zeros(len(ids), width), lasts)
-        prompts.ids.copy_(F.pad(ids, (0, width - ids.shape[1])))
-        prompts.lasts.copy_(torch.tensor(lengths) - 1)
-        logits = self._logits(prompts)
+            last = min(WIDTH, width) if even else 0
+            prompts = Prompts(ids.new_zeros(b, width), torch.zeros(b, dtype=torch.long, device=ids.device), last)
+        self.prompts[width, even] = prompts  # behind all others
+        prompts.times += 1
+        prompts.ids.copy_(F.pad(ids, (0, width - s)))
+        prompts.places.copy_(torch.tensor(lengths) - 1 - (width - prompts.last if even else 0))
+        if prompts.graph is not None:
+            self.cache.hold(lengths)  # now: it may wait for what is queued
+            prompts.graph.replay()
+            return prompts.logits
+        logits = self._often(prompts) if prompts.times >= COME_OFTEN else self._prefill(prompts)
         self.cache.hold(lengths)
         return logits
 
-    def _logits(self, prompts: Prompts) -> Tensor:
-        prompts.times += 1
-        if prompts.graph is not None:
-            prompts.graph.replay()
-        elif prompts.times < OFTEN:
-            self._prefill(prompts)
-        else:
-            comm = self.model.comm
-            before = 0 if comm is None else comm.through_backend
-            with planned():
-                self._prefill(prompts)
-                if comm is None or comm.through_backend == before:  # what NCCL takes part in can't be kept
-                    logits = prompts.logits
-                    torch.cuda.empty_cache()  # of what plain launches left: a graph has memory of its own
-                    prompts.graph = self._graph(lambda: self._prefill(prompts))
-                    return logits
-        return prompts.logits
+    def _often(self, prompts: Prompts) -> Tensor:
+        """The logits, by plain launches once more, and from now on a graph."""
+        comm = self.model.comm
+        before = 0 if comm is None else comm.through_backend
+        with planned():
+            logits = self._prefill(prompts)
+            if comm is not None and comm.through_backend != before:
+                return logits  # what NCCL takes part in can't be kept
+
+            def run() -> None:
+                prompts.logits = self._prefill(prompts)
+
+            captured = [other for other in self.prompts.values() if other.graph is not None]
+            if len(captured) == GRAPHS:
+                captured[0].graph, captured[0].logits, captured[0].times = None, None, 0
+            torch.cuda.empty_cache()  # of what plain launches left: a graph has memory of its own
+            try:
+                prompts.graph = self._graph(run)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                prompts.times = 0
+        return logits
 
     def _late(self, width: int) -> bool:
         """Whether the host takes longer to launch the prefill of such prompts than the device to run it."""
@@ -156,11 +174,14 @@ class CapturedStep:
         weights = sum(getattr(p, "_local_tensor", p).numel() for p in model.layers[0].parameters())
         return cache.batch * width * weights <= LAUNCHED_LATE
 
-    def _prefill(self, prompts: Prompts) -> None:
+    def _prefill(self, prompts: Prompts) -> Tensor:
         self.cache.hold([0] * self.cache.batch)
-        angles = None if self.angles is None else self.angles[:, :, : prompts.ids.shape[1]].unbind()
-        h = self.model.hidden(prompts.ids, cache=self.cache, angles=angles)[self.numbers, prompts.lasts]
-        prompts.logits = self.model.head(h) if self.share is None else self.model.head.local(h)
+        angles: Any = None
+        if self.angles is not None:
+            angles = [t.contiguous() for t in self.angles[:, :, : prompts.ids.shape[1]]]
+        h = self.model.hidden(prompts.ids, cache=self.cache, angles=angles, last_n_tokens=prompts.last)
+        h = h[self.numbers, prompts.places]
+        return self.model.head(h) if self.share is None else self.model.head.local(h)
 
     def _capture(self) -> None:
         state = [self.rows.lengths, self.rows.going, self.rows.fed, *([] if self.seen is None else [self.seen])]
@@ -178,25 +199,26 @@ class CapturedStep:
             kinds.add(self.kind)
 
     def _graph(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), _side(self.cache.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # not torch.cuda.graph: that empties the allocator's store and collects garbage
-            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+        there = (graph for graph in (self.graph, *(p.graph for p in self.prompts.values())) if graph is not None)
+        pool = next((graph.pool() for graph in there), None)  # graphs run one after the other: they share memory
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.cache.device)
+        with _capturing, torch.cuda.stream(side := _side(current)):  # torch.cuda.graph collects garbage each time
+            side.wait_stream(current)
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 run()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(side)
         return graph
 
     def _turn(self) -> None:
         """Have the angles of the sequences that the cache is for now."""
-        if not self.model.rope or self.span is self.cache.span:
+        rope = self.model.rope
+        if rope is None or self.span is self.cache.span or (self.angles is not None and not rope.by_length):
             return
         self.span = self.cache.span
-        everywhere = torch.arange(self.cache.max_len, device=self.cache.device)[None]
-        angles = torch.stack(self.model.rope(everywhere, self.cache.span))
+        angles = torch.stack(rope(torch.arange(self.cache.max_len, device=self.cache.device)[None], self.span))
         if self.angles is None:
             self.angles = angles
         else:
@@ -254,7 +276,6 @@ def kept(model: Any, rows: int, length: int, how: Sampling, eos: Collection[int]
         return None
     if step.made_of != _made_of(model):
         step.graph = None  # made anew, on this rank maybe alone: of a kind that needs not be run first
-        step.span = None
         for prompts in step.prompts.values():
             prompts.graph = prompts.logits = None
     step.cache.hold([0] * rows)
@@ -266,10 +287,13 @@ def forget(model: Any) -> None:
     _kept.pop(model, None)
 
 
+_capturing = Lock()
+
+
 @cached
-def _side(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs are captured: cuBLAS keeps memory for each stream that it has seen."""
-    return torch.cuda.Stream(device)
+def _side(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    """Where what runs on a stream is captured: always the same, as cuBLAS keeps memory for each that it has seen."""
+    return torch.cuda.Stream(stream.device)
 
 
 def _stream(cache: StaticCache | RollingCache) -> Any:

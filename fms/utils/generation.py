@@ -4,7 +4,7 @@ import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fms.modules.cache import StaticCache
 from fms.modules.frozen import Frozen
 from fms.modules.rolling import RollingCache
 from fms.utils.capture import CapturedStep, keep, kept
+from fms.utils.measure import Timing
 from fms.utils.prompts import check_ids, encode_prompt, rows_of
 from fms.utils.sampling import choose, ends_of, penalise, sampling_of, seen_of, share_of
 from fms.utils.tokenizers import BaseTokenizer
@@ -24,24 +25,6 @@ WORTH_CAPTURING = 16  # new tokens; capturing takes about as long as three plain
 Tokens = Sequence[int] | Tensor
 BeforeStep = Callable[[int, Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
 AfterStep = Callable[[int, Tensor, Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
-
-
-@dataclass
-class Timing:
-    """Seconds: of the prefill with its first token, and of each step after."""
-
-    first_token: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    prompt_tokens: int = 0
-
-    @property
-    def total(self) -> float:
-        return self.first_token + sum(self.steps)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding, a row."""
-        return len(self.steps) / sum(self.steps) if self.steps else 0.0
 
 
 def generate(
@@ -78,7 +61,7 @@ def generate(
     computes everything anew for each token.
 
     On a GPU the decode step of a frozen model is captured as a CUDA graph where that can be done and is worth it; the
-    model's next call has it, with its cache of up to a GiB, if it fits, and captures its prefill of a short prompt.
+    model's next call has it, with its cache of up to a GiB, if it fits, and so do prompts of a length that comes often.
     `capture=False` launches each kernel by itself, `capture=True` raises `ValueError` where it can't be done.
     `compile` ("none", "blocks", "max") compiles the model first, as `get_model(compile=...)` does; it stays so.
 
@@ -248,7 +231,7 @@ class Run:
             return "with a RollingCache that goes on: steps ahead of the text's end push out what it must keep"
         if not all(isinstance(layer, Frozen) for layer in self.model.layers):
             return "of a model that is not frozen: call freeze(model)"
-        if self.before or self.after:
+        if self.before or self.after or any(b._forward_hooks or b._forward_pre_hooks for b in self.model.layers):
             return "with hooks"
         if (mode := getattr(self.model, "compiled", "none")) in ("reduce-overhead", "max-autotune"):
             return f"of a model compiled with {mode!r}, which makes graphs of its own"
@@ -305,23 +288,25 @@ class Run:
                 tokens = changed.flatten()
             if seen is not None:
                 seen[rows, tokens] = True
+            if self.capture:
+                yield from self._captured(tokens, fit, seen)
+                return
             yield tokens.tolist(), fit.tolist()
             if i + 1 == self.max_new_tokens:
-                return
-            if self.capture:
-                yield from self._captured(tokens, seen)
                 return
             if any(self.ended) and self.cache is not None:
                 self.cache.take = torch.tensor([[int(not end)] for end in self.ended], device=self.device)
             logits, kwargs = self._decode(i + 1, tokens[:, None], kwargs, self.ended)
 
-    def _captured(self, tokens: Tensor, seen: Tensor | None) -> Iterator[tuple[list[int], list[bool]]]:
-        """What `_tokens` gives, from the second token on: the device runs ahead, the host reads late."""
-        step, fit = self.step, True
+    def _captured(self, tokens: Tensor, fits: Tensor, seen: Tensor | None) -> Iterator[tuple[list[int], list[bool]]]:
+        """What `_tokens` gives, from the first ones on: the device runs ahead, the host reads late."""
+        step, left, found = self.step, self.max_new_tokens - 1, fits.tolist()
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        left = self.max_new_tokens - 1
+        fit = all(found)
         try:
-            step.begin(tokens, [first + room for first, room in zip(self.first, self.room, strict=True)], seen)
+            yield tokens.tolist(), found
+            if left:
+                step.begin(tokens, [first + room for first, room in zip(self.first, self.room, strict=True)], seen)
             while left or coming:
                 while left and len(coming) <= AHEAD:
                     step.replay()
@@ -337,7 +322,7 @@ class Run:
                 yield new, [token >= 0 for token in new]
         finally:
             step.finish([first + given - 1 for first, given in zip(self.first, self.given, strict=True)])
-            if fit and not self.continued:
+            if fit and step.graph is not None and not self.continued:
                 self.step = self.cache = None
                 keep(step)
 
@@ -353,9 +338,10 @@ class Run:
         self.whole = torch.nn.utils.rnn.pad_sequence(list(self.prompts), batch_first=True)
         if self.cache is None:
             return self._step(0, self.whole, {})
-        if self.capture and (logits := self.step.prefill(self.whole, self.lengths)) is not None:
-            return logits, {"cache": self.cache}
         longest = max(self.lengths)
+        whole = self.capture and not self.continued and longest <= PREFILL_CHUNK
+        if whole and (logits := self.step.prefill(self.whole, self.lengths)) is not None:
+            return logits, {"cache": self.cache}
         width = longest if self.before else PREFILL_CHUNK  # a hook sees the whole prompt
         if min(self.lengths) == longest:
             *chunks, rest = self.whole.split(width, 1)

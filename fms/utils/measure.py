@@ -1,13 +1,33 @@
-"""What a device does, from outside, and what a model asks of it: memory, bandwidth, bytes to read, a timeline."""
+"""What a device does, from outside, and what a model asks of it: memory, bandwidth, bytes to read, a timeline; and
+how long its tokens took."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fms.modules.moe import MixtureOfExperts
+
+
+@dataclass
+class Timing:
+    """Seconds: of the prefill with its first token, and of each step after."""
+
+    first_token: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.first_token + sum(self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, a row."""
+        return len(self.steps) / sum(self.steps) if self.steps else 0.0
 
 
 def step_bytes(model: Any, rows: int, tokens: int) -> int:

@@ -4,30 +4,23 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from fms.models import freeze
 from fms.utils import capture as capturing
-from fms.utils.capture import CapturedStep, _made_of
+from fms.utils.capture import _made_of
 from fms.utils.generation import Run, generate
 from fms.utils.sampling import Sampling, seen_of
 from tests.distributed.ranks import ROOT, Ranks
 from tests.distributed.test_tensor_parallel import random_model, some_ids
+from tests.utils.test_capture import Played
 
 HOW: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"do_sample": True, "top_k": 9, "seed": 2}}
 HOW["penalised"] = {"repetition_penalty": 1.6}
-
-
-class Played(CapturedStep):
-    """The captured step without a graph."""
-
-    def _graph(self, run: Callable[[], None]) -> Any:
-        return SimpleNamespace(replay=run)
 
 
 def replayed(mesh: Any, case: str, how: dict[str, Any]) -> list[list[int]]:
@@ -54,18 +47,19 @@ def test_the_same_tokens_on_several_ranks(ranks: Ranks, case: str, how: str) -> 
 
 
 def prefilled(mesh: Any) -> Any:
-    capturing.OFTEN = 2
     model = freeze(random_model("llama", mesh))
     ids = some_ids(2, 5)
-    with torch.inference_mode():
+    whole = sum(parameter.numel() for parameter in model.layers[0].parameters())
+    enough_for_a_share = {"COME_OFTEN": 2, "LAUNCHED_LATE": 2 * 8 * whole * 0.75}
+    with torch.inference_mode(), mock.patch.multiple(capturing, **enough_for_a_share):
         step = Played(model, model.make_cache(2, 40))
         found = []
         for _ in range(3):
             step.cache.hold([0, 0])
             found.append(step.prefill(ids, [5, 3]))
     assert step.share is not None
-    whole = [torch.nn.functional.pad(part, (0, step.share.size - part.shape[1])) for part in found]
-    return [step.share.comm.join(part) for part in whole], step.prompts[8].graph is None
+    even = [torch.nn.functional.pad(part, (0, step.share.size - part.shape[1])) for part in found]
+    return [step.share.comm.join(part) for part in even], step.prompts[8, False].graph is None
 
 
 def test_prompts_through_a_backend_are_launched_plainly(ranks: Ranks) -> None:
@@ -131,7 +125,7 @@ for architecture, dtype, hows in (
     ("llama", "bf16", ways), ("llama", "fp32", ways), ("granite", "bf16", ways[:1]), ("llama", "fp16", ways[:1])
 ):
     many = made(architecture, dtype, "tp")
-    capturing.OFTEN = 2
+    capturing.COME_OFTEN = 2
     capturing.WIDTH = 32 if dtype == "fp32" else 1  # where rounding may change tokens, the kernels of plain launches
     for how in hows:
         plain = generate(many, prompts, max_new_tokens=30, capture=False, **how)

@@ -65,6 +65,9 @@ def check_place(kvheads: int, d: int, **where: Any) -> None:
     wide: Any = tuple(copy.deepcopy(norm).float() for norm in norms)
     ours = StaticCache(2, 16, 1, kvheads, d, where["dtype"], device)
     theirs = StaticCache(2, 16, 1, kvheads, d, torch.float32, device)
+    layer, plain, copied = ours.layers[0], theirs.layers[0], []
+    update = layer.update
+    layer.update = lambda k, v: copied.append(k.shape[2]) or update(k, v)  # type: ignore[method-assign, func-returns-value]
     for n, take in ((5, None), (3, [[3], [1]]), (2, None)):
         qkv = torch.randn(2, n, (4 + 2 * kvheads) * d, **where)
         got = []
@@ -77,12 +80,19 @@ def check_place(kvheads: int, d: int, **where: Any) -> None:
             got.append(
                 attend_packed(qkv.to(of_a_type, copy=True), kvheads, d, angles, mask, cache.layers[0], norms=of_heads)
             )
-            assert (cache.layers[0].place(of_a_type) is None) == (n == 2)
         assert far(*got) < 1e-2
-        layer, plain = ours.layers[0], theirs.layers[0]
-        assert layer.place(torch.float32) is None
         assert far(layer.k, plain.k) < 6e-3
         assert far(layer.v, plain.v) < 1e-3
+    assert copied == [2]
+
+
+@torch.no_grad()
+def check_other_rows(**where: Any) -> None:
+    """More rows than the cache has are an error before anything is written."""
+    layer = StaticCache(2, 16, 1, 2, 8, where["dtype"], where.get("device", "cpu")).layers[0]
+    assert layer.place(torch.randn(2, 3, 64, **where)) is not None
+    assert layer.place(torch.randn(3, 3, 64, **where)) is None
+    assert layer.place(torch.randn(2, 3, 64, **where).float()) is None
 
 
 def check_glu(rows: int, n: int, **where: Any) -> None:
@@ -117,6 +127,7 @@ def test_interpreted(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(attention, "passes", lambda x: x.dtype == torch.float16)
     for kvheads in (1, 2):
         check_place(kvheads, 8, dtype=torch.float16)
+    check_other_rows(dtype=torch.float16)
     check_glu(3, 21, dtype=torch.float16)
     check_glu(1, 2100, dtype=torch.float16)
     check_add_norm(3, 100, nn.RMSNorm, dtype=torch.float16)
