@@ -183,7 +183,8 @@ def _weigh(
     later = mask is None and getattr(layer, "later", False)
     learns = torch.is_grad_enabled() and q.requires_grad
     by_name = mask is None and not learns and k.dtype == q.dtype and serves_flash(k)
-    if by_name and (later or (s < PLANNED and not _comes_often(q, k))):
+    square = s == k.shape[2]  # else the last query would be that of the last key, which may be an empty slot
+    if by_name and (later or (square and s < PLANNED and not _comes_often(q, k))):
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, scale=scale)[0]
         return out.transpose(1, 2).flatten(2)
     if later:

@@ -106,6 +106,29 @@ def test_autocast_and_a_cache_of_another_type(types: Any, s: int, monkeypatch: p
     torch.testing.assert_close(got.float(), want.transpose(1, 2).flatten(2), rtol=2e-2, atol=2e-2, check_dtype=False)
 
 
+def check_slots_to_come(device: str, dtype: torch.dtype, near: float) -> None:
+    """Causal attention to the first slots of more, as transformers' static cache gives them to a prompt."""
+    q, k, v = (torch.randn(2, 9, heads, 16, device=device, dtype=dtype) for heads in (4, 2, 2))
+    slots = [F.pad(x.transpose(1, 2), (0, 0, 0, 11), value=3.0) for x in (k, v)]
+    layer: Any = SimpleNamespace(update=lambda *new: slots)
+    wide = (x.float().transpose(1, 2) for x in (q, k, v))
+    want = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attend(q, k, v, None, None, layer).float(), want, rtol=near, atol=near)
+
+
+@torch.no_grad()
+def test_slots_to_come_are_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "serves_flash", lambda keys: True)  # a CPU has no kernel of that name: it would raise
+    check_slots_to_come("cpu", torch.float32, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_slots_to_come_are_not_seen_on_a_gpu(dtype: torch.dtype) -> None:
+    check_slots_to_come("cuda", dtype, 2e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
