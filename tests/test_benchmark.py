@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ from fms.models import freeze
 from fms.models.compile import compile_model
 from fms.utils import benchmark, measure
 from fms.utils.benchmark import BOTH, CAPTURED, COMPILED, EAGER, MODES, PLAIN, Bench, Cell
-from fms.utils.capture import CapturedStep
 from fms.utils.figures import COLUMNS, tables
 from tests.small import small_model
+from tests.utils.test_capture import Played
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "scripts" / "benchmark_inference.py")
@@ -77,13 +76,6 @@ def test_compiled_cells_are_right(bench):
 def test_a_captured_cell_needs_a_gpu(bench, mode):
     cell = bench.cell(mode, "single", True)
     assert (cell.ms, cell.note) == (None, "needs a GPU")
-
-
-class Played(CapturedStep):
-    """The captured step without a graph."""
-
-    def _graph(self, run):
-        return SimpleNamespace(replay=run)
 
 
 def test_a_captured_generation_has_settled(bench, monkeypatch):

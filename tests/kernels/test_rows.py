@@ -89,9 +89,13 @@ def check_place(kvheads: int, d: int, **where: Any) -> None:
 @torch.no_grad()
 def check_other_rows(**where: Any) -> None:
     """More rows than the cache has are an error before anything is written."""
-    layer = StaticCache(2, 16, 1, 2, 8, where["dtype"], where.get("device", "cpu")).layers[0]
+    cache = StaticCache(2, 16, 1, 2, 8, where["dtype"], where.get("device", "cpu"))
+    positions, mask = cache.advance(3)
+    angles, layer = Rope(8)(positions, 16), cache.layers[0]
+    with pytest.raises(RuntimeError):
+        attend_packed(torch.randn(3, 3, 64, **where), 2, 8, angles, mask, layer)
+    assert not layer.k.any()
     assert layer.place(torch.randn(2, 3, 64, **where)) is not None
-    assert layer.place(torch.randn(3, 3, 64, **where)) is None
     assert layer.place(torch.randn(2, 3, 64, **where).float()) is None
 
 
