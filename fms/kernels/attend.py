@@ -29,7 +29,7 @@ Place = tuple[Tensor, Tensor, int]  # buffers of keys and of values (b, kvheads,
 class LayerCache(Protocol):
     """One layer's keys and values: takes the new ones, (b, kvheads, s, head_dim), and returns all to attend to.
 
-    Where `place(x)` is a `Place` for tokens x (b, s, ...), a kernel puts them there, and `held()` returns all.
+    Where `place(x)` is a `Place` for tokens x (b, s, ...), a kernel puts them there, and `filled()` returns all.
     """
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -136,7 +136,7 @@ def attend_packed(
         _rotate(qkv, kvheads, head_dim, angles, norms, place)
         if place:
             q = qkv[..., : -2 * kvheads * head_dim].unflatten(-1, (-1, head_dim)).transpose(1, 2)
-            k, v = buffers.held()
+            k, v = buffers.filled()
             return _weigh(q, k, v, mask, layer, scale, causal, 0.0)
         angles = norms = None
     qk, v = qkv.unflatten(-1, (-1, head_dim)).tensor_split((-kvheads,), dim=2)

@@ -54,13 +54,13 @@ class StaticLayer:
             rows, slots = self.slots
             self.k[rows, :, slots] = k.transpose(1, 2)
             self.v[rows, :, slots] = v.transpose(1, 2)
-        return self.held()
+        return self.filled()
 
     def place(self, x: Tensor) -> Place | None:
         fits = self.slots is None and len(x) == len(self.k) and x.dtype == self.k.dtype
         return (self.k, self.v, self.first) if fits else None
 
-    def held(self) -> tuple[Tensor, Tensor]:
+    def filled(self) -> tuple[Tensor, Tensor]:
         return self.k.narrow(2, 0, self.end), self.v.narrow(2, 0, self.end)
 
 

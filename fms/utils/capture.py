@@ -98,7 +98,7 @@ class CapturedStep:
         self.cache.lengths, self.cache.steady = rows.lengths, True
         rows.going.fill_(1)
         stop(rows)
-        self._turn()
+        self._make_angles()
         if self.graph is None:
             self.kind, self.made_of = self._kind(), _made_of(self.model)
             self._capture()
@@ -120,7 +120,7 @@ class CapturedStep:
         width = min(-(-s // WIDTH) * WIDTH, self.cache.max_len, self.model.config.max_positions)
         if not self._late(width):
             return None
-        self._turn()
+        self._make_angles()
         even = min(lengths) == s  # then the last block need not compute the tokens before
         prompts = self.prompts.pop((width, even), None)
         if prompts is None:
@@ -134,17 +134,16 @@ class CapturedStep:
             self.cache.hold(lengths)  # now: it may wait for what is queued
             prompts.graph.replay()
             return prompts.logits
-        logits = self._often(prompts) if prompts.times >= COME_OFTEN else self._prefill(prompts)
+        logits = self._capture_prompts(prompts) if prompts.times >= COME_OFTEN else self._prefill(prompts)
         self.cache.hold(lengths)
         return logits
 
-    def _often(self, prompts: Prompts) -> Tensor:
+    def _capture_prompts(self, prompts: Prompts) -> Tensor:
         """The logits, by plain launches once more, and from now on a graph."""
-        comm = self.model.comm
-        before = 0 if comm is None else comm.through_backend
+        before = self._through_backend()
         with planned():
             logits = self._prefill(prompts)
-            if comm is not None and comm.through_backend != before:
+            if self._through_backend() != before:
                 return logits  # what NCCL takes part in can't be kept
 
             def run() -> None:
@@ -191,12 +190,14 @@ class CapturedStep:
             self._step()  # compiles kernels; what it writes to the cache, the first replay writes again
             for kept_one, t in zip(kept, state, strict=True):
                 t.copy_(kept_one)
-        comm, compiled = self.model.comm, getattr(self.model, "compiled", "none") != "none"
-        before = 0 if comm is None else comm.through_backend
+        compiled, before = getattr(self.model, "compiled", "none") != "none", self._through_backend()
         self.graph = self._graph(self._step)
-        self.lasts = comm is None or (not compiled and comm.through_backend == before)
+        self.lasts = self.model.comm is None or (not compiled and self._through_backend() == before)
         if not compiled:  # else it may be compiled again
             kinds.add(self.kind)
+
+    def _through_backend(self) -> int:
+        return 0 if self.model.comm is None else self.model.comm.through_backend
 
     def _graph(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         there = (graph for graph in (self.graph, *(p.graph for p in self.prompts.values())) if graph is not None)
@@ -212,7 +213,7 @@ class CapturedStep:
         current.wait_stream(side)
         return graph
 
-    def _turn(self) -> None:
+    def _make_angles(self) -> None:
         """Have the angles of the sequences that the cache is for now."""
         rope = self.model.rope
         if rope is None or self.span is self.cache.span or (self.angles is not None and not rope.by_length):

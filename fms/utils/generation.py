@@ -61,7 +61,7 @@ def generate(
     computes everything anew for each token.
 
     On a GPU the decode step of a frozen model is captured as a CUDA graph where that can be done and is worth it; the
-    model's next call has it, with its cache of up to a GiB, if it fits, and so do prompts of a length that comes often.
+    model's next call has it, with its cache of up to a GiB, if it fits, and with graphs of prompts that come often.
     `capture=False` launches each kernel by itself, `capture=True` raises `ValueError` where it can't be done.
     `compile` ("none", "blocks", "max") compiles the model first, as `get_model(compile=...)` does; it stays so.
 
